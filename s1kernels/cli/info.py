@@ -1,0 +1,91 @@
+"""Show what is built, what each back end can do here and why not, and the platform."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import s1kernels
+from s1kernels import registry
+from s1kernels.build_info import build_info
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
+
+
+def execute(options: argparse.Namespace) -> int:
+    facts = collect()
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    console = Console()
+    for title in ("platform", "torch", "build"):
+        table = Table(title=title, title_justify="left", show_header=False, box=None)
+        for name, value in facts[title].items():
+            table.add_row(f"  {name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        console.print(table)
+    table = Table(title="ops (first that can serves)", title_justify="left", box=None)
+    for column in ("  device", "op", *registry.BACKENDS):
+        table.add_column(column, overflow="fold")
+    for device, ops in facts["ops"].items():
+        for op, backends in ops.items():
+            cells = ("-" if b not in backends else backends[b] or "yes" for b in registry.BACKENDS)
+            table.add_row(f"  {device}", op, *cells)
+    console.print(table)
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """Everything that `info` shows, as plain values."""
+    return {
+        "s1kernels": s1kernels.__version__,
+        "platform": platform_facts(),
+        "torch": torch_facts(),
+        "build": dataclasses.asdict(build_info()),
+        "backends": {name: available() or "available" for name, available in registry.BACKENDS.items()},
+        "ops": {device: {op: _refusals(op, device) for op in registry.OPS} for device in registry.ORDER},
+    }
+
+
+def platform_facts() -> dict[str, Any]:
+    release = platform.uname().release
+    return {
+        "system": platform.platform(),
+        "wsl": "microsoft" in release.lower(),
+        "python": sys.version.split()[0],
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+    }
+
+
+def torch_facts() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    attention = {
+        "flash": torch.backends.cuda.flash_sdp_enabled(),
+        "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
+        "math": torch.backends.cuda.math_sdp_enabled(),
+    }
+    return {
+        "version": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.version.cuda or "this torch has no CUDA",
+        "gpus": gpus or ["none"],
+        "attention back ends": [name for name, enabled in attention.items() if enabled],
+    }
+
+
+def _refusals(op_name: str, device: str) -> dict[str, str | None]:
+    """Back end -> why this machine cannot use it for an op, or None; back ends without the op are absent."""
+    return {impl.backend: registry.BACKENDS[impl.backend]() for impl in registry.candidates(op_name, device)}

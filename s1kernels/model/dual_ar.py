@@ -1,0 +1,144 @@
+"""The DualAR model, written once from the ops: the meaning of `decode_frame`, and its program where no back end has a better.
+
+Source: fish_speech/models/text2semantic/llama.py and inference.py; section by section the names are those of `s1kernels.ops`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from s1kernels.model.config import DualARConfig
+from s1kernels.model.weights import LayerWeights, Weights
+
+
+class DualAR:
+    """A slow transformer over frames whose hidden state a fast transformer turns into a frame's codes.
+
+    Args:
+        config: the shape.
+        weights: its tensors, all of one floating dtype.
+        ops: who computes: an object with one callable per op, such as `s1kernels.ops.references`.
+    """
+
+    def __init__(self, config: DualARConfig, weights: Weights, ops: Any) -> None:
+        self.config, self.weights, self.ops = config, weights, ops
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[B, N+1] int32 tokens -> [B, C]."""
+        c, w = self.config, self.weights
+        return self.ops.embed_frame(
+            tokens,
+            w.text_embedding,
+            w.codebook_embedding,
+            c.semantic_begin,
+            c.semantic_end,
+            c.scale_codebook_embeddings,
+        )
+
+    def stack(
+        self,
+        x: Tensor,
+        layers: list[LayerWeights],
+        cos_sin: Tensor,
+        position: Tensor,
+        k_caches: list[Tensor],
+        v_caches: list[Tensor],
+    ) -> Tensor:
+        """[B, C] through a stack; row b stands at `position[b]`, sees what the caches hold up to there, and appends itself."""
+        eps, ops, length = self.config.norm_eps, self.ops, position + 1
+        for layer, k_cache, v_cache in zip(layers, k_caches, v_caches, strict=True):
+            qkv = ops.rms_norm_qkv(x, layer.attention_norm, layer.wqkv, layer.qkv_bias, eps)
+            q = ops.qk_norm_rotary_append(qkv, layer.q_norm, layer.k_norm, cos_sin, position, k_cache, v_cache, eps)
+            attended = ops.attention_decode(q, k_cache, v_cache, length).flatten(1)
+            x = ops.linear_residual(attended, layer.wo, layer.o_bias, x)
+            hidden = ops.rms_norm_swiglu(x, layer.ffn_norm, layer.w1, layer.w3, eps)
+            x = ops.linear_residual(hidden, layer.w2, None, x)
+        return x
+
+    def slow_step(self, tokens: Tensor, position: Tensor, k_caches: list[Tensor], v_caches: list[Tensor]) -> Tensor:
+        """One new frame a sequence, [B, N+1] -> [B, C] before the final norm. B sequences, a cache each."""
+        return self.stack(self.embed(tokens), self.weights.slow, self.weights.cos_sin, position, k_caches, v_caches)
+
+    def prefill(self, tokens: Tensor, start: int, k_caches: list[Tensor], v_caches: list[Tensor]) -> None:
+        """Write the k and v of T consecutive frames of one sequence, [T, N+1] from position `start` on, into its caches.
+
+        The framework's matrix products and attention do the work: over many rows they are at their best.
+        """
+        c, w, T = self.config, self.weights, tokens.shape[0]
+        position = torch.arange(start, start + T, dtype=torch.int32, device=tokens.device)
+        mask = None if start == 0 else position[:, None] >= torch.arange(start + T, device=tokens.device)
+        x = self.embed(tokens)
+        for layer, k_cache, v_cache in zip(w.slow, k_caches, v_caches, strict=True):
+            qkv = F.linear(F.rms_norm(x, x.shape[-1:], layer.attention_norm, c.norm_eps), layer.wqkv, layer.qkv_bias)
+            q = self.ops.qk_norm_rotary_append(
+                qkv, layer.q_norm, layer.k_norm, w.cos_sin, position, k_cache, v_cache, c.norm_eps
+            )
+            k, v = (
+                cache[:, :, : start + T].repeat_interleave(q.shape[1] // cache.shape[1], dim=1)
+                for cache in (k_cache, v_cache)
+            )
+            attended = F.scaled_dot_product_attention(
+                q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None
+            )
+            x = x + F.linear(attended[0].transpose(0, 1).flatten(1), layer.wo, layer.o_bias)
+            n = F.rms_norm(x, x.shape[-1:], layer.ffn_norm, c.norm_eps)
+            x = x + F.linear(F.silu(F.linear(n, layer.w1)) * F.linear(n, layer.w3), layer.w2)
+
+    def decode_frame(
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        k_caches: list[Tensor],
+        v_caches: list[Tensor],
+        main_window: Tensor | None,
+        fast_window: Tensor | None,
+        main_noise: Tensor,
+        ras_noise: Tensor | None,
+        fast_noise: Tensor,
+        temperature: Tensor,
+        top_p: Tensor,
+        repetition_penalty: Tensor,
+        top_k: Tensor,
+        ids: Tensor | None,
+        logit_bias: Tensor | None,
+        head: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The next frame of B sequences; `s1kernels.ops.decode_frame` documents arguments and results."""
+        c, w, ops = self.config, self.weights, self.ops
+        sampling = (temperature, top_p, repetition_penalty, top_k, c.semantic_begin, c.semantic_end)
+        x = self.slow_step(tokens, position, k_caches, v_caches)
+        main_logits, normed = ops.rms_norm_logits(x, w.norm, head, c.norm_eps)
+        if logit_bias is not None:
+            main_logits = main_logits + logit_bias
+        main = ops.sample_token(main_logits, main_noise, ras_noise, main_window, ids, *sampling)
+
+        hidden = normed if c.norm_fast_input else x
+        if w.project_weight is not None:
+            hidden = ops.linear_residual(hidden, w.project_weight, w.project_bias, None)
+        B, K = main_logits.shape[0], fast_noise.shape[2]
+        fast_logits = main_logits.new_empty(B, c.codebooks - 1, K)
+        codes = [main, (main - c.semantic_begin).clamp(0, c.codebook_size - 1)]
+        k_caches, v_caches = (self._fast_caches(B, x) for _ in range(2))
+        for i in range(1, c.codebooks):
+            x = w.fast_embedding[codes[i].long()]
+            position = torch.full((B,), i, dtype=torch.int32, device=x.device)
+            if i == 1:  # positions 0 and 1 need no draw between them: one pass of two rows a sequence
+                x = torch.stack([hidden, x], dim=1).flatten(0, 1)
+                position = torch.stack([position - 1, position], dim=1).flatten()
+            x = self.stack(x, w.fast, w.fast_cos_sin, position, k_caches, v_caches)
+            x = x.view(B, -1, c.fast.dim)[:, -1].contiguous()
+            logits, _ = ops.rms_norm_logits(x, w.fast_norm, w.fast_head[:K], c.norm_eps)
+            fast_logits[:, i - 1] = logits
+            window = None if fast_window is None else fast_window[:, i - 1].contiguous()
+            codes.append(ops.sample_token(logits, fast_noise[:, i - 1].contiguous(), None, window, None, *sampling))
+        return torch.stack(codes, dim=1), main_logits, fast_logits
+
+    def _fast_caches(self, rows: int, like: Tensor) -> list[Tensor]:
+        stack = self.config.fast
+        return [
+            like.new_empty(rows, stack.kv_heads, self.config.codebooks, stack.head_dim) for _ in range(stack.layers)
+        ]

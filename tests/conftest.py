@@ -1,0 +1,21 @@
+"""What every test relies on: the installed package is the one under test, and its native module is there if it was built."""
+
+import pytest
+import torch
+
+import s1kernels
+from s1kernels import registry
+from s1kernels.build_info import build_info
+
+torch.set_num_threads(1)  # small models; test_ops.py sets what it needs
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    reason = registry.BACKENDS["cpu"]()
+    if build_info().native and reason:
+        raise pytest.UsageError(f"s1kernels was built with native code, which does not load: {reason}")
+
+
+def pytest_report_header() -> str:
+    backends = ", ".join(f"{name}: {available() or 'available'}" for name, available in registry.BACKENDS.items())
+    return f"s1kernels {s1kernels.__version__} from {s1kernels.__path__[0]}; {backends}"

@@ -1,0 +1,216 @@
+"""Installing: what `pip install .` makes of an environment, and that it says so.
+
+The tests marked `build` install a copy of the source tree into fresh environments. A fresh environment "has" torch
+by a .pth file that points to the torch of this one.
+"""
+
+import importlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+import s1kernels
+from s1kernels.build_info import build_info, source_tree_notice
+
+ROOT = Path(__file__).parents[1]
+OUTER = str(Path(torch.__file__).parents[1])
+STUB = '#include <pybind11/pybind11.h>\nPYBIND11_MODULE(_C, m) { m.attr("stub") = true; }\n'
+NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
+USE_NATIVE = """
+import torch, s1kernels, s1kernels.ops, s1kernels._C
+from s1kernels.registry import OPS, use_backend
+x, w = torch.randn(2, 64), torch.randn(32, 64)
+with use_backend("cpu"):
+    torch.testing.assert_close(OPS["linear_residual"](x, w, None, None), x @ w.T)
+print(s1kernels._C.__file__)
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the sources, without what builds and runs leave in them."""
+    left = ("build", "dist", "*.egg-info", "__pycache__", "_C.*.so", "_C.*.pyd", "_build_info.json", "results")
+    return Path(shutil.copytree(ROOT, tmp_path / "tree", ignore=shutil.ignore_patterns(".*", *left)))
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment without any trace of this Python environment."""
+    hidden = ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH", "PYTHONHOME")
+    env = {key: value for key, value in os.environ.items() if key not in hidden and not key.startswith("S1KERNELS_")}
+    folders = [folder for folder in os.environ["PATH"].split(os.pathsep) if folder]
+    env["PATH"] = os.pathsep.join(f for f in folders if not Path(f).parent.joinpath("pyvenv.cfg").exists())
+    return env | extra
+
+
+class FreshEnvironment:
+    def __init__(self, path: Path, *, with_torch: bool) -> None:
+        venv.create(path)
+        self.python = path / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        self.site = Path(sysconfig.get_path("purelib", vars={"base": str(path)}))
+        if with_torch:
+            self.site.joinpath("outer.pth").write_text(OUTER + "\n")
+
+    def pip(self, *args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+        pip = [sys.executable, "-m", "pip", "--python", self.python, "install", "--no-deps", "--ignore-installed"]
+        return subprocess.run([*pip, *args], env=environment(**env), capture_output=True, text=True)
+
+    def installed_info(self) -> dict:
+        return json.loads(self.site.joinpath("s1kernels", "_build_info.json").read_text())
+
+    def run(self, code: str) -> str:
+        """Output of Python code, run outside the source tree."""
+        command = [self.python, "-c", code]
+        result = subprocess.run(command, cwd=self.site, env=environment(), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+
+def compile_fast(tree: Path) -> None:
+    config = tree / "csrc/build.json"
+    config.write_text(config.read_text().replace('"-O3"', '"-O0"'))
+
+
+def use_stub(tree: Path, code: str = STUB) -> None:
+    """Replace the native sources by one small file."""
+    config = json.loads(tree.joinpath("csrc/build.json").read_text())
+    tree.joinpath("csrc/stub.cpp").write_text(code)
+    tree.joinpath("csrc/build.json").write_text(json.dumps(config | {"sources": ["csrc/stub.cpp"]}))
+
+
+def test_the_installed_package_is_tested() -> None:
+    """Else the native kernels would be skipped, or another version of the code be tested, without a word."""
+    assert source_tree_notice() == ""
+    if build_info().native:
+        module = importlib.import_module("s1kernels._C")
+        assert Path(module.__file__).parent == Path(s1kernels.__file__).parent
+        assert set(module.isa_available()) <= set(build_info().isa)
+    else:
+        assert build_info().reason
+
+
+def test_a_source_tree_says_that_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("s1kernels.build_info.files", lambda package: tmp_path)
+    monkeypatch.setattr("s1kernels.build_info.find_spec", lambda name: None)
+    info = build_info.__wrapped__()
+    assert not info.native
+    assert info.reason == source_tree_notice()
+    assert "not the installed package" in info.reason
+    assert "pip install ." in info.reason
+
+
+def test_nothing_swaps_the_users_torch() -> None:
+    requirements = [Requirement(text) for text in importlib.metadata.requires("s1kernels") or []]
+    torches = [requirement for requirement in requirements if requirement.name.startswith("torch")]
+    assert [(str(r.specifier), r.marker) for r in torches] == [(">=2.5", None)]
+    build_requires = re.search(r"^requires = \[(.*)\]", ROOT.joinpath("pyproject.toml").read_text(), re.MULTILINE)
+    assert build_requires and "torch" not in build_requires[1]
+
+
+def test_every_native_source_is_listed() -> None:
+    listed = json.loads(ROOT.joinpath("csrc/build.json").read_text())["sources"]
+    assert sorted(listed) == sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.cpp"))
+
+
+@pytest.mark.build
+def test_with_torch_and_compiler_the_module_is_native(tree: Path, tmp_path: Path) -> None:
+    compile_fast(tree)
+    fresh = FreshEnvironment(tmp_path / "venv", with_torch=True)
+    result = fresh.pip(tree)
+    assert result.returncode == 0, result.stdout + result.stderr
+    info = fresh.installed_info()
+    assert info["native"] and not info["reason"]
+    assert info["torch"] == torch.__version__
+    assert info["compiler"] and info["flags"] and "scalar" in info["isa"]
+    assert Path(fresh.run(USE_NATIVE)).is_relative_to(fresh.site)
+
+
+@pytest.mark.build
+@pytest.mark.parametrize(
+    ("with_torch", "env", "said"),
+    [
+        pytest.param(False, {}, "no torch", id="no torch"),
+        pytest.param(True, NO_COMPILER, "no working C++17 compiler", id="no compiler"),
+        pytest.param(True, {"S1KERNELS_BUILD": "none"}, "S1KERNELS_BUILD=none", id="on request"),
+    ],
+)
+def test_without_it_is_pure_and_says_so(
+    tree: Path, tmp_path: Path, with_torch: bool, env: dict[str, str], said: str
+) -> None:
+    if env is NO_COMPILER and os.name == "nt":
+        pytest.skip("on Windows the compiler is not found through CC and CXX")
+    fresh = FreshEnvironment(tmp_path / "venv", with_torch=with_torch)
+    result = fresh.pip("--verbose", tree, **env)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(f"s1kernels: PURE PYTHON.*{re.escape(said)}", result.stdout + result.stderr)
+    info = fresh.installed_info()
+    assert not info["native"]
+    assert said in info["reason"]
+    assert "pip install" in info["reason"]
+    assert not list(fresh.site.glob("s1kernels/_C.*[od]"))
+
+    result = fresh.pip(tree, S1KERNELS_REQUIRE_NATIVE="1", **env)
+    assert result.returncode != 0
+    assert re.search(f"S1KERNELS_REQUIRE_NATIVE=1 cannot be met: .*{re.escape(said)}", result.stdout + result.stderr)
+
+
+@pytest.mark.build
+def test_sources_that_do_not_compile_are_an_error(tree: Path, tmp_path: Path) -> None:
+    use_stub(tree, "#error the text of the compiler\n")
+    result = FreshEnvironment(tmp_path / "venv", with_torch=True).pip(tree)
+    assert result.returncode != 0
+    assert "the text of the compiler" in result.stdout + result.stderr
+
+
+@pytest.mark.build
+def test_editable_install_is_native(tree: Path, tmp_path: Path) -> None:
+    use_stub(tree)
+    fresh = FreshEnvironment(tmp_path / "venv", with_torch=True)
+    result = fresh.pip("--editable", tree)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads(tree.joinpath("s1kernels/_build_info.json").read_text())["native"]
+    assert list(tree.glob("s1kernels/_C.*[od]"))
+    code = f"import sys, importlib.util as u; sys.path.remove({OUTER!r}); print(u.find_spec('s1kernels').origin)"
+    assert Path(fresh.run(code)) == tree / "s1kernels/__init__.py"
+
+
+@pytest.mark.build
+def test_cmake_builds_the_same_module(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    if not shutil.which("cmake"):
+        pytest.skip("cmake is not on PATH")
+    if not build_info().native:
+        pytest.skip(f"nothing to compare with: {build_info().reason}")
+    settings = [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Debug"]  # compiles fast
+    subprocess.run(["cmake", "-S", ROOT, "-B", tmp_path, *settings], check=True)
+    subprocess.run(["cmake", "--build", tmp_path, "--parallel", str(os.cpu_count())], check=True)
+    code = "import _C; print(_C.__file__, sorted(dir(_C)))"
+    env = environment(PYTHONPATH=str(tmp_path))
+    said = subprocess.check_output([sys.executable, "-c", code], env=env, cwd=tmp_path, text=True)
+    assert said.startswith(str(tmp_path))
+    assert str(sorted(dir(importlib.import_module("s1kernels._C")))) in said
+
+
+@pytest.mark.build
+def test_sdist_carries_what_a_build_needs(tree: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    code = "import sys; sys.path.insert(0, '_build'); import backend; backend.build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", code], cwd=tree, env=environment(), check=True)
+    (archive,) = tree.glob("dist/*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    needed = ["LICENSE", "README.md", "CMakeLists.txt", "setup.py", "_build/backend.py", "s1kernels/py.typed"]
+    sources = {path.relative_to(tree).as_posix() for path in [*tree.glob("csrc/**/*.*"), *tree.glob("bench/**/*.*")]}
+    assert sources | set(needed) <= names
+    assert not [name for name in names if name.endswith((".so", ".pyd", ".pyc", "_build_info.json"))]

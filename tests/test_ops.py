@@ -1,0 +1,116 @@
+"""THE contract test: every op, on every back end that can run here, for every case and dtype."""
+
+import contextlib
+from collections import Counter
+
+import pytest
+import torch
+
+from s1kernels import registry, testing
+from s1kernels.backends import cpu
+
+RAN: Counter = Counter()
+ISAS = cpu._C.isa_available() if cpu.available() is None else []
+
+
+def cases():
+    """The machine's contract cases, the CPU back end's once for every instruction set, cases side by side."""
+    for op, backend, case, dtype in testing.contract_cases():
+        for isa in ISAS if backend == "cpu" and ISAS else [None]:
+            name = f"{op.name}-{case}-{str(dtype).removeprefix('torch.')}-{backend}" + (f"-{isa}" if isa else "")
+            yield pytest.param(op, backend, case, dtype, isa, id=name)
+
+
+ALL = sorted(cases(), key=lambda case: case.id)
+
+
+@pytest.mark.parametrize(("op", "backend", "case", "dtype", "isa"), ALL)
+def test_contract(op, backend, case, dtype, isa, monkeypatch):
+    if reason := registry.BACKENDS[backend]():
+        pytest.skip(f"back end {backend}: {reason}")
+    with instruction_set(isa):
+        outcome = testing.check_op(op, backend, case, dtype)
+    RAN[op.name, backend] += 1
+    assert outcome.complaint is None, outcome
+
+
+@contextlib.contextmanager
+def instruction_set(isa):
+    best = cpu._C.isa() if isa else None
+    try:
+        if isa:
+            cpu._C.set_isa(isa)
+        yield
+    finally:
+        if isa:
+            cpu._C.set_isa(best)
+
+
+@pytest.mark.skipif(not ISAS, reason=f"no native code: {cpu.available()}")
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", registry.OPS)
+def test_any_number_of_threads_gives_the_same_bits(name, isa):
+    """No sum is split across threads, whatever their number."""
+    op, results = registry.OPS[name], []
+    case = next(case for case in op.cases if "odd" in case or "batch" in case)
+    args = op.inputs(testing.Make(torch.bfloat16), **op.cases[case])
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            with instruction_set(isa), registry.use_backend("cpu"):
+                given = testing.clone(args)
+                out = op(*given)
+            results.append([t.clone() for t in (out if isinstance(out, tuple) else (out,))])
+    finally:
+        torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_pairs_that_ran(request, capsys):
+    """Every selected op ran on every available back end; says how many."""
+    available = [name for name, reason in registry.BACKENDS.items() if reason() is None]
+    selected = [item.callspec.params for item in request.session.items if item.function is test_contract]
+    expected = {(p["op"].name, p["backend"]) for p in selected if p["backend"] in available}
+    with capsys.disabled():
+        print(
+            f"\n{len(RAN)} (op, back end) pairs ran, {sum(RAN.values())} checks; back ends: {', '.join(available)}; ISAs: {ISAS}"
+        )
+    assert set(RAN) == expected
+    assert len(selected) < len(ALL) or len(expected) == len(registry.OPS) * len(available)
+
+
+def test_a_wrong_result_is_caught(monkeypatch):
+    """The contract test itself fails on a result that is off, unwritten, or written outside its place."""
+    op = registry.OPS["linear_residual"]
+
+    def check(run):
+        monkeypatch.setitem(op.impls, "reference", registry.Impl("reference", run))
+        return testing.check_op(op, "reference", "odd_bias", torch.float32).complaint
+
+    def right(*args):
+        *given, out = args
+        out.copy_(op.reference(*given))
+
+    def off(*args):
+        right(*args)
+        args[-1].view(-1)[5] *= 1.001
+
+    def unwritten(*args):
+        right(*args)
+        args[-1].view(-1)[5] = float("nan")
+
+    def outside(*args):
+        right(*args)
+        out = args[-1]
+        torch.as_strided(out, (1,), (1,), out.storage_offset() + out.numel()).fill_(0)
+
+    def moody(*args):
+        right(*args)
+        args[-1].mul_(1 + torch.rand(()) * 1e-7)
+
+    assert check(right) is None
+    assert "relative error" in check(off)
+    assert "NaN" in check(unwritten)
+    assert "outside" in check(outside)
+    assert "different bits" in check(moody)
