@@ -1,5 +1,5 @@
-// s1kernels._C: the CPU kernels for Python. Tensors come as addresses (0: not given) with their sizes; shapes, types and
-// contiguity were checked in Python. The GIL is released while a kernel runs.
+// s1kernels._C: the CPU kernels for Python. Tensors come as addresses (0: not given) with their sizes; shapes, types
+// and contiguity were checked in Python. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -109,9 +109,26 @@ void sample_token(Address logits, Address noise, Address ras_noise, Address wind
   std::vector<char> scratch(sample_token_scratch_bytes(rows, vocabulary));
   const auto slice = kernels(current_isa()).sample_token;
   parallel(threads, [&](int thread, Barrier& barrier) {
-    slice({at<float>(logits), at<float>(noise), at<float>(ras_noise), at<Int32>(window), at<Int32>(ids),
-           at<std::int32_t>(out), rows, vocabulary, window_length, vocabulary, window_length, 1, temperature, top_p,
-           repetition_penalty, top_k, semantic_begin, semantic_end, scratch.data(), &barrier},
+    slice({at<float>(logits),
+           at<float>(noise),
+           at<float>(ras_noise),
+           at<Int32>(window),
+           at<Int32>(ids),
+           at<std::int32_t>(out),
+           rows,
+           vocabulary,
+           window_length,
+           vocabulary,
+           window_length,
+           1,
+           temperature,
+           top_p,
+           repetition_penalty,
+           top_k,
+           semantic_begin,
+           semantic_end,
+           scratch.data(),
+           &barrier},
           thread, threads);
   });
 }
@@ -171,12 +188,12 @@ void decode(Frame& frame, Address tokens, Address position, Address main_window,
             int fast_window_length, Address temperature, Address top_p, Address repetition_penalty, Address top_k,
             int threads) {
   const py::gil_scoped_release released;
-  frame.decode({at<Int32>(tokens), at<Int32>(position), at<Int32>(main_window), at<Int32>(fast_window),
-                at<float>(main_noise), at<float>(ras_noise), at<float>(fast_noise), at<Int32>(ids),
-                at<float>(logit_bias), at<float>(main_logits), at<float>(fast_logits), at<std::int32_t>(out), rows,
-                main_window_length, fast_window_length, *at<float>(temperature), *at<float>(top_p),
-                *at<float>(repetition_penalty), *at<Int32>(top_k)},
-               threads);
+  frame.decode(
+      {at<Int32>(tokens), at<Int32>(position), at<Int32>(main_window), at<Int32>(fast_window), at<float>(main_noise),
+       at<float>(ras_noise), at<float>(fast_noise), at<Int32>(ids), at<float>(logit_bias), at<float>(main_logits),
+       at<float>(fast_logits), at<std::int32_t>(out), rows, main_window_length, fast_window_length,
+       *at<float>(temperature), *at<float>(top_p), *at<float>(repetition_penalty), *at<Int32>(top_k)},
+      threads);
 }
 
 void slow_step(Frame& frame, Address tokens, Address position, Address logits, Address hidden, Address normed, int rows,

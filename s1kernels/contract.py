@@ -17,6 +17,10 @@ Reason = str | None
 """Why something cannot run; None when it can."""
 
 
+Result = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor that an op writes."""
+
+
 class Arguments:
     """One call's arguments by name (`args.x`), and the sizes that its checks have bound (`args["B"]`).
 
@@ -42,8 +46,17 @@ class Arguments:
     def __getitem__(self, symbol: str) -> int:
         return self._sizes[symbol]
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the checked tensors are."""
+        return self._device
+
+    def replace(self, name: str, value: Any) -> None:
+        """Add an argument, or put another value in its place."""
+        self._values[name] = value
+
     def tensor(self, name: str, *shape: str | int, dtype: torch.dtype | None = None) -> None:
-        """Check one tensor. A symbol in `shape` is bound where it first appears; so are the floating dtype and the device."""
+        """Check one tensor. Symbols in `shape`, the floating dtype and the device are bound where they first appear."""
         value = self._values[name]
         if not isinstance(value, Tensor):
             raise TypeError(f"{self._op}: {name} must be a tensor, got {type(value).__name__}; pass a torch.Tensor")
@@ -88,10 +101,10 @@ class Op:
     schema: arguments and what they mutate, as torch.library writes them; what begins with `out` comes last.
     reference: the meaning: takes the arguments without `out`, returns the result, runs in float64.
     check: raises ValueError or TypeError for bad arguments, by shape and dtype alone.
-    empty: allocates the result.
+    results: shape and dtype of each tensor of the result.
     inputs: draws the arguments of one case (`make` is a `testing.Make`); cases: the sizes, by name.
     bytes_moved: what a perfect implementation reads and writes, in bytes.
-    verdict: judges an integer result that differs, (args, result, truth) -> complaint or None; without it none may differ.
+    verdict: judges an integer result that differs, (args, result, truth) -> complaint or None; None: none may.
     tolerance: relative error allowed, by the dtype of the inputs; None: one rounding to each output's own dtype.
     """
 
@@ -99,7 +112,7 @@ class Op:
     schema: str
     reference: Callable[..., Any]
     check: Callable[[Arguments], None]
-    empty: Callable[[Arguments], Any]
+    results: Callable[[Arguments], tuple[Result, ...]]
     inputs: Callable[..., tuple]
     cases: Mapping[str, Mapping[str, Any]]
     bytes_moved: Callable[[Arguments], int]
@@ -111,7 +124,7 @@ class Op:
         """Run the op and return `out`, allocated when not given. Every back end obeys the reference's docstring."""
         if out is None:
             out = self.empty(self.checked(*args))
-        getattr(torch.ops.s1kernels, self.name)(*args, *(out if isinstance(out, tuple) else (out,)))
+        getattr(torch.ops.s1kernels, self.name)(*args, *as_tuple(out))
         return out
 
     def checked(self, *args: Any) -> Arguments:
@@ -120,20 +133,32 @@ class Op:
         self.check(named)
         return named
 
+    def empty(self, args: Arguments) -> Any:
+        """An uninitialised result: a tensor, or a tuple of them."""
+        out = tuple(torch.empty(shape, dtype=dtype, device=args.device) for shape, dtype in self.results(args))
+        return out if len(out) > 1 else out[0]
+
+    def check_out(self, args: Arguments, out: tuple[Any, ...]) -> None:
+        """Raise unless `out` has the result's shapes and dtypes, on the arguments' device."""
+        for i, (tensor, (shape, dtype)) in enumerate(zip(out, self.results(args), strict=True)):
+            name = "out" if len(out) == 1 else f"out[{i}]"
+            args.replace(name, tensor)
+            args.tensor(name, *shape, dtype=dtype)
+
     @cached_property
     def parameters(self) -> tuple[str, ...]:
         """Names of the arguments, without `out`."""
         return tuple(inspect.signature(self.reference).parameters)
 
-    @cached_property
-    def outputs(self) -> int:
-        """How many tensors the op writes as its result."""
-        return self.schema.count("!) out")
-
 
 def nbytes(*tensors: Tensor | None) -> int:
     """Bytes that the tensors occupy."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def as_tuple(value: Any) -> tuple:
+    """A tuple or list as a tuple, anything else as a tuple of one."""
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def _name(dtype: torch.dtype | None) -> str:

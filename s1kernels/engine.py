@@ -100,8 +100,9 @@ class OpsProgram:
         self.model, self.head = model, head
 
     def __call__(self, *args: Any) -> None:
-        *given, main_logits, fast_logits, out = args
-        results = self.model.decode_frame(*given, self.head)
+        main_logits, fast_logits, out = args[-3:]
+        given: tuple = (*args[:-3], self.head)
+        results = self.model.decode_frame(*given)
         for destination, value in zip((out, main_logits, fast_logits), results, strict=True):
             destination.copy_(value)
 
@@ -164,7 +165,10 @@ class Engine:
         with registry.use_backend(backend):  # refuses unknown names
             self._ops = SimpleNamespace(**{name: _Chosen(op, chosen[name]) for name, op in registry.OPS.items()})
         self._model = DualAR(config, weights, self._ops)
-        self._options = {"dtype": torch.promote_types(weights.norm.dtype, torch.float32), "device": weights.norm.device}
+        self._options: dict[str, Any] = {
+            "dtype": torch.promote_types(weights.norm.dtype, torch.float32),
+            "device": weights.norm.device,
+        }
         self._programs: dict[int, Any] = {}
         self._bind_frame: Callable[..., Any] | None = None
         self.all_rows = Rows(weights.head)
@@ -202,7 +206,7 @@ class Engine:
             self._model.prefill(tokens, start, self.cache.k, self.cache.v)
 
     def slow_step(self, frame: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """The slow transformer alone, on one frame ([N+1, 1]): all logits [1, Vt] float32, and hidden [1, C] for the fast one."""
+        """The slow transformer on one frame ([N+1, 1]): logits [1, Vt] float32 and hidden [1, C] for the fast one."""
         tokens = self._frames(frame)
         self.cache.reserve(position + 1)
         self._position.fill_(position)
@@ -228,7 +232,7 @@ class Engine:
         Args:
             frame: [N+1, 1] tokens of the last frame, at `position`; earlier ones are in the cache.
             sampling: how to draw.
-            previous: [N+1, W] frames said lately, as upstream keeps them (see `window`), or None for no repetition control.
+            previous: [N+1, W] the frames before, as `remember` keeps them, or None for no repetition control.
             generator: source of randomness; None is torch's own, as upstream uses it: same seed, same codes.
         Returns:
             [N+1] int32: the token and its codes.
@@ -247,8 +251,8 @@ class Engine:
         codes = self._codes[0].clone()
         if bool((codes < 0).any()):
             raise FloatingPointError(
-                f"decode_frame: logits must be finite, got NaN at position {position}; check the weights (s1kernels.patch names "
-                "bad ones) and the prompt"
+                f"decode_frame: logits must be finite, got NaN at position {position}; check the weights "
+                "(s1kernels.patch names bad ones)"
             )
         return codes
 
@@ -290,10 +294,9 @@ class Engine:
         """
         sampling = sampling or Sampling()
         T = prompt.shape[-1]
-        if T < 1 or max_frames < 1:
-            raise ValueError(
-                f"Engine.generate: prompt must be [N+1, T >= 1], max_frames >= 1, got T={T}, max_frames={max_frames}"
-            )
+        if prompt.dim() != 2 or T < 1 or max_frames < 1:
+            got = f"{list(prompt.shape)}, {max_frames}"
+            raise ValueError(f"Engine.generate: prompt must be [N+1, T >= 1], max_frames >= 1, got {got}; add a frame")
         self.cache.reserve(start + T + max_frames - 1)
         generator = None if seed is None else torch.Generator(self._codes.device).manual_seed(seed)
         self.prefill(prompt[:, :-1], start)
@@ -313,7 +316,7 @@ class Engine:
 
     def _allocate(self) -> None:
         """The static buffers: the same storage for every frame."""
-        codes, ints = self.config.codebooks, {"dtype": torch.int32, "device": self._options["device"]}
+        codes, ints = self.config.codebooks, self._options | {"dtype": torch.int32}
         self._tokens, self._codes = (torch.zeros(1, codes + 1, **ints) for _ in range(2))
         self._position = torch.zeros(1, **ints)
         self._scalars = {
@@ -369,9 +372,10 @@ class Engine:
     def _frames(self, tokens: Tensor) -> Tensor:
         """[N+1, T] tokens of any integer type -> [T, N+1] int32, checked against the embeddings' sizes."""
         c = self.config
-        if tokens.dim() != 2 or tokens.shape[0] != c.codebooks + 1 or tokens.is_floating_point():
+        fits = tokens.dim() == 2 and tokens.shape[0] == c.codebooks + 1 and not tokens.is_floating_point()
+        if not fits or bool((tokens != tokens.int()).any()):
             raise ValueError(
-                f"Engine: tokens must be integers [N+1={c.codebooks + 1}, T], got {list(tokens.shape)} {tokens.dtype}; "
+                f"Engine: tokens must be int32 [N+1={c.codebooks + 1}, T], got {list(tokens.shape)} {tokens.dtype}; "
                 "row 0 is the text token, row i+1 the code of codebook i"
             )
         return tokens.T.to(self._codes.device, torch.int32).contiguous()
@@ -390,7 +394,7 @@ class Engine:
 
 
 def remember(line: Line, previous: Tensor, codes: Tensor, index: int) -> Tensor:
-    """The window after frame number `index`: the S1 line fills it from the left and then shifts, the 2.0 line always shifts."""
+    """The window after frame number `index`. The S1 line fills it from the left, then shifts; the 2.0 line shifts."""
     if line == "s1" and index < previous.shape[1]:
         previous[:, index] = codes
         return previous
@@ -400,8 +404,8 @@ def remember(line: Line, previous: Tensor, codes: Tensor, index: int) -> Tensor:
 def repetition_windows(line: Line, previous: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """What `sample_token` looks at, from the window [N+1, W] as upstream keeps it: ([1, W'] main, [1, N-1, W] fast).
 
-    The S1 line penalises, for the main token, the window's first column (a whole frame, its codes included), as upstream
-    does. The 2.0 line looks at the main tokens only.
+    The S1 line penalises, for the main token, the window's first column (a whole frame, its codes included), as it
+    does upstream. The 2.0 line looks at the main tokens only.
     """
     if previous is None:
         return None, None

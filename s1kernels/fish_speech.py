@@ -54,8 +54,9 @@ def uninstall(module: ModuleType | None = None) -> None:
 def run_script(path: str | Path, arguments: Sequence[str]) -> None:
     """Run a Python script as `python path arguments...` would, with every model that it loads patched.
 
-    The hook is set between the script's definitions and its `if __name__ == "__main__"` block: on the `init_model` that the
-    script defines (upstream's inference.py does), else on upstream's module. Without such a block it is set at once.
+    The hook is set between the script's definitions and its `if __name__ == "__main__"` block: on the `init_model`
+    that the script defines (upstream's inference.py does), else on upstream's module. Without such a block it is set
+    at once.
 
     Raises:
         FileNotFoundError: there is no such script. ModuleNotFoundError: fish-speech is not installed.

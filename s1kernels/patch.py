@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from s1kernels.engine import FIRST_CAPACITY, Engine, Sampling
 from s1kernels.model.config import Line
-from s1kernels.upstream import UpstreamCache, read_config, read_weights, storage
+from s1kernels.upstream import UpstreamCache, read_config, read_weights, require_dual_ar, storage
 
 logger = logging.getLogger("s1kernels")
 
@@ -32,7 +32,7 @@ LOOP, STEP = "decode_n_tokens", "decode_one_token_ar"
 METHODS = ("forward_generate", "setup_caches")
 
 _LOCK = threading.RLock()
-_PATCHED: weakref.WeakKeyDictionary[nn.Module, _Patched] = weakref.WeakKeyDictionary()
+_PATCHED: weakref.WeakKeyDictionary[Any, _Patched] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ class _Patched:
         return self.engine
 
 
-def patch(model: nn.Module, *, backend: str | Mapping[str, str] = "auto") -> PatchReport:
+def patch(model: Any, *, backend: str | Mapping[str, str] = "auto") -> PatchReport:
     """Make an upstream DualAR model decode on s1kernels.
 
-    Parameters, state-dict keys and the caches stay the model's own, and weights are not held twice. Prefill by upstream,
-    training and other models in the process are untouched. Patching a patched model applies the new `backend`.
+    Parameters, state-dict keys and the caches stay the model's own, and weights are not held twice. Prefill by
+    upstream, training and other models in the process are untouched. Patching again applies the new `backend`.
 
     Args:
         model: upstream's DualARTransformer of the S1 or the 2.0 line, on its device, in its final dtype.
@@ -94,6 +94,7 @@ def patch(model: nn.Module, *, backend: str | Mapping[str, str] = "auto") -> Pat
         BackendError: the back end asked for cannot serve this model here.
         In every case nothing has been changed.
     """
+    require_dual_ar(model)
     with _LOCK:
         modules, left = _decoding_modules(model)
         line = _line(model, modules)
@@ -218,7 +219,8 @@ def _install(model: nn.Module, modules: tuple[ModuleType, ...]) -> list[str]:
         "forward_generate": _serve_forward,
         "setup_caches": _serve_setup,
     }
-    for holder, names in [*((module, (LOOP, STEP)) for module in modules), (type(model), METHODS)]:
+    holders: list[tuple[Any, tuple[str, ...]]] = [(module, (LOOP, STEP)) for module in modules]
+    for holder, names in [*holders, (type(model), METHODS)]:
         for name in names:
             if not hasattr(getattr(holder, name), "s1kernels"):
                 setattr(holder, name, _dispatcher(getattr(holder, name), makers[name]))
@@ -293,7 +295,8 @@ def _serve_setup(patched: _Patched, model: Any, a: Mapping[str, Any]) -> None:
 
 
 def _sampling(a: Mapping[str, Any]) -> Sampling:
-    """Upstream's sampling arguments: numbers or 0-dim tensors. Its top_k keeps one row at least; the S1 line has none."""
+    """Upstream's sampling arguments, numbers or 0-dim tensors. The S1 line has no top_k; the other keeps a row at
+    least."""
     return Sampling(
         temperature=float(a["temperature"]),
         top_p=float(a["top_p"]),
@@ -306,13 +309,13 @@ def _use_bias(engine: Engine, bias: Tensor | None) -> None:
     """Sample from the rows that the 2.0 line's semantic_logit_bias ([1, 1, Vt], -inf forbids) allows."""
     if bias is None:
         return
-    values = bias.flatten().float()
-    ids = values.isfinite().nonzero().flatten().int()
-    values = None if not values[ids.long()].any() else values[ids.long()]
+    every = bias.flatten().float()
+    ids = every.isfinite().nonzero().flatten()
+    values = every[ids] if every[ids].any() else None
     now = engine.active_rows
-    same_ids = now.ids is not None and torch.equal(now.ids, ids)
-    same_bias = (values is None and now.bias is None) or (
-        values is not None and now.bias is not None and torch.equal(values, now.bias)
-    )
-    if not (same_ids and same_bias):
-        engine.use_rows(engine.rows(ids, values))
+    if not (_same(now.ids, ids.int()) and _same(now.bias, values)):
+        engine.use_rows(engine.rows(ids.int(), values))
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)

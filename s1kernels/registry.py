@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s1kernels.contract import Op, Reason
+from s1kernels.contract import Op, Reason, as_tuple
 
 
 class BackendError(RuntimeError):
@@ -55,17 +55,17 @@ def define(op: Op) -> Op:
     """Enter an op into the catalogue and register it with torch.library. Its reference becomes its first back end."""
     count = len(op.parameters)
 
-    def run(*args: Any) -> None:
-        given, out = args[:count], args[count:]
-        op.checked(*given)
-        choose(op.name, *given).run(*given, out if op.outputs > 1 else out[0])
-
     def fake(*args: Any) -> None:
-        op.checked(*args[:count])
+        op.check_out(op.checked(*args[:count]), args[count:])
+
+    def run(*args: Any) -> None:
+        fake(*args)
+        given, out = args[:count], args[count:]
+        choose(op.name, *given).run(*given, out if len(out) > 1 else out[0])
 
     def reference(*args: Any) -> None:
         *given, out = args
-        for destination, value in zip(_tuple(out), _tuple(op.reference(*given)), strict=True):
+        for destination, value in zip(as_tuple(out), as_tuple(op.reference(*given)), strict=True):
             destination.copy_(value)
 
     _LIBRARY.define(op.name + op.schema)
@@ -84,7 +84,8 @@ def add_backend(name: str, available: Callable[[], Reason]) -> None:
 def implement(
     op_name: str, *, backend: str, supports: Callable[..., Reason] | None = None, bind: Callable[..., Any] | None = None
 ) -> Callable:
-    """Decorator: the function implements `op_name` for `backend` (see `Impl`). Its parameters must be the op's, then `out`."""
+    """Decorator: the function implements `op_name` for `backend` (see `Impl`); its parameters are the op's, then
+    `out`."""
 
     def enter(run: Callable[..., None]) -> Callable[..., None]:
         op, names = OPS[op_name], list(inspect.signature(run).parameters)
@@ -109,8 +110,11 @@ def candidates(op_name: str, device: str) -> list[Impl]:
 
 
 def choose(op_name: str, *args: Any, backend: str | None = None) -> Impl:
-    """The implementation that serves a call. An explicit choice that cannot serve it raises `BackendError`."""
-    wanted = backend or choice(op_name)
+    """The implementation that serves a call. An explicit choice that cannot serve it raises `BackendError`.
+
+    `backend` "auto" leaves the choice to `use_backend` and S1KERNELS_BACKEND, and then to the order.
+    """
+    wanted = choice(op_name) if backend in (None, "auto") else str(backend)
     if wanted != "auto":
         impl = OPS[op_name].impls.get(_known(wanted))
         reason = impl.refusal(*args) if impl else f"it does not implement {op_name}"
@@ -139,7 +143,7 @@ def use_backend(backend: str | Mapping[str, str]) -> Iterator[None]:
             raise ValueError(f"backend: op must be one of {sorted(OPS)}, got {op_name!r}")
         if name != "auto":
             _known(name)
-    token = _CHOICE.set({**_CHOICE.get(), **chosen})
+    token = _CHOICE.set(chosen if "*" in chosen else {**_CHOICE.get(), **chosen})
     try:
         yield
     finally:
@@ -150,10 +154,6 @@ def _known(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
     return name
-
-
-def _tuple(value: Any) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
 
 
 def _device(args: tuple) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from s1kernels import registry
-from s1kernels.contract import Op
+from s1kernels.contract import Op, as_tuple
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ONE_ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -27,7 +27,7 @@ OFFSET = 3  # elements by which inputs are moved off any alignment
 
 
 class Make:
-    """Draws a case's tensors: randn + 0.5, scaled, contiguous but cut from larger tensors, so that no alignment is given.
+    """Draws a case's tensors: randn + 0.5, scaled, contiguous but cut from larger ones, so that nothing is aligned.
 
     >>> Make(torch.float32, seed=0)(2, 3).shape
     torch.Size([2, 3])
@@ -115,7 +115,7 @@ def check_op(op: Op, backend: str, case: str, dtype: torch.dtype, device: str = 
     results = []
     for _ in range(2):
         given = clone(args)
-        rooms = [guarded(t) for t in _tuple(op.empty(op.checked(*given)))]
+        rooms = [guarded(t) for t in as_tuple(op.empty(op.checked(*given)))]
         out = tuple(tensor for tensor, _ in rooms)
         with registry.use_backend(backend):
             op(*given, out=out if len(out) > 1 else out[0])
@@ -154,10 +154,11 @@ def expected(
     """A case's arguments, and what the reference makes of them in float64 (the truth) and in the case's own dtype."""
     op = registry.OPS[op_name]
     args = op.inputs(Make(dtype, device, seed), **op.cases[case])
-    results = []
-    for given in (clone(args, torch.float64), clone(args)):
-        results.append([*_tuple(op.reference(*given)), *_mutated(op, given)])
-    return args, *results
+
+    def run(given: tuple) -> list[Tensor]:
+        return [*as_tuple(op.reference(*given)), *_mutated(op, given)]
+
+    return args, run(clone(args, torch.float64)), run(clone(args))
 
 
 def contract_cases(device: str = "cpu") -> Iterator[tuple[Op, str, str, torch.dtype]]:
@@ -174,13 +175,9 @@ def _mutated(op: Op, args: tuple) -> list[Tensor]:
         t
         for name, value in named
         if name.endswith(("_cache", "_caches"))
-        for t in _tuple(value)
+        for t in as_tuple(value)
         if isinstance(t, Tensor)
     ]
-
-
-def _tuple(value: Any) -> tuple:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Reads an upstream model: its shape, its weights where they lie, and its caches. Recognised by structure, not by import path."""
+"""Reads an upstream model, recognised by its structure: its shape, its weights where they lie, its caches."""
 
 from __future__ import annotations
 
@@ -29,18 +29,22 @@ PARTS = (
 END_TOKEN = "<|im_end|>"
 
 
-def read_config(model: nn.Module, line: Line) -> DualARConfig:
-    """The shape of an upstream model.
-
-    Raises:
-        TypeError: the model is not a DualAR transformer; ValueError: its config or tokenizer lacks something.
-    """
+def require_dual_ar(model: object) -> None:
+    """Raise TypeError unless `model` has the parts of a DualAR transformer."""
     missing = [part for part in PARTS if not hasattr(model, part)]
     if missing or not isinstance(model, nn.Module):
         raise TypeError(
-            f"patch: model must be Fish-Speech's DualAR transformer, got {type(model).__name__} without {', '.join(missing)}; "
-            "pass the model that upstream's init_model returns"
+            f"patch: model must be Fish-Speech's DualAR transformer, got {type(model).__name__} "
+            f"without {', '.join(missing) or 'nn.Module'}; pass the model that upstream's init_model returns"
         )
+
+
+def read_config(model: Any, line: Line) -> DualARConfig:
+    """The shape of an upstream model.
+
+    Raises:
+        TypeError: the model does not generate speech; ValueError: its config or tokenizer lacks something.
+    """
     args = dict(vars(model.config))
     if args.get("is_reward_model"):
         raise TypeError("patch: model must generate speech, got a reward model; patch the text-to-speech model")
@@ -59,7 +63,7 @@ def read_config(model: nn.Module, line: Line) -> DualARConfig:
     )
 
 
-def read_weights(model: nn.Module, config: DualARConfig) -> Weights:
+def read_weights(model: Any, config: DualARConfig) -> Weights:
     """The weights of an upstream model, sharing its storage.
 
     Raises:
@@ -75,15 +79,15 @@ def read_weights(model: nn.Module, config: DualARConfig) -> Weights:
     for name, tensor in parameters.items():
         if tensor.device != first.device or tensor.dtype != first.dtype:
             raise TypeError(
-                f"patch: {name} must be {first.dtype} on {first.device} like the rest, got {tensor.dtype} on {tensor.device}; "
-                "call model.to(device, dtype)"
+                f"patch: {name} must be {first.dtype} on {first.device} like the rest, got {tensor.dtype} on "
+                f"{tensor.device}; call model.to(device, dtype)"
             )
         if tensor.device.type == "meta":
             raise ValueError(f"patch: {name} must hold data, got a meta tensor; load the weights first")
         if not all(bound.isfinite() for bound in torch.aminmax(tensor.detach())):
             raise ValueError(f"patch: {name} must be finite, got NaN or infinity; is the checkpoint damaged?")
-    tables = {"cos_sin": model.freqs_cis, "fast_cos_sin": model.fast_freqs_cis}
-    return dataclasses.replace(weights, **{name: table.to(first).contiguous() for name, table in tables.items()})
+    slow, fast = (table.to(first).contiguous() for table in (model.freqs_cis, model.fast_freqs_cis))
+    return dataclasses.replace(weights, cos_sin=slow, fast_cos_sin=fast)
 
 
 def _check_module(name: str, module: nn.Module) -> None:
@@ -107,8 +111,8 @@ def _check_module(name: str, module: nn.Module) -> None:
         )
 
 
-def storage(model: nn.Module) -> Iterator[Any]:
-    """What must stay as it is for an engine to stay valid: where every parameter lies, and how often the heads were written."""
+def storage(model: Any) -> Iterator[Any]:
+    """What an engine relies on: where every parameter lies, and how often the head was written."""
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
@@ -125,7 +129,7 @@ class UpstreamCache(KVCache):
     `model.max_seq_len`, which upstream's mask follows, grows with them. `limit` is what upstream asked for.
     """
 
-    def __init__(self, config: DualARConfig, model: nn.Module, first: int) -> None:
+    def __init__(self, config: DualARConfig, model: Any, first: int) -> None:
         self.config, self.first = config, first
         self.model = weakref.ref(model)
         self.limit = model.max_seq_len
@@ -154,7 +158,7 @@ class UpstreamCache(KVCache):
         original = getattr(original, "__wrapped__", original)
         self.limit = max(self.limit, max_seq_len)
         room = max_seq_len if max_batch_size > 1 else min(max_seq_len, max(self.first, self.capacity))
-        with torch.device(model.norm.weight.device):
+        with torch.inference_mode(False), torch.device(model.norm.weight.device):
             original(model, max_batch_size, room, dtype)
 
     def _resize(self, capacity: int) -> None:

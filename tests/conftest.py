@@ -1,4 +1,4 @@
-"""What every test relies on: the installed package is the one under test, and its native module is there if it was built."""
+"""What every test relies on: the installed package is under test, and its native module loads if it was built."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
 """A stand-in for Fish-Speech's 2.0 line: its structure, names and semantics, in code of our own.
 
-Upstream's 2.0 source may not be copied, so this module was written from a description of what it does. `s1kernels.patch`
-recognises models by structure and must serve this module as it would serve upstream's. Everything follows the dtype of
-the parameters, float64 included, so that the same module is also the truth.
+Upstream's 2.0 source may not be copied, so this module was written from a description of what it does.
+`s1kernels.patch` recognises models by structure and must serve this module as it would serve upstream's. Everything
+follows the dtype of the parameters, float64 included, so that the same module is also the truth.
 """
 
 import math
@@ -56,12 +56,11 @@ class DualARModelArgs:
 
     def __post_init__(self):
         for name in [name for name in vars(self) if name.startswith("fast_")]:
-            if getattr(self, name) is None:
-                setattr(self, name, getattr(self, name.removeprefix("fast_")))
+            given = getattr(self, name)
+            setattr(self, name, getattr(self, name[5:]) if given is None else given)
 
 
-STACK = ("dim", "n_head", "n_local_heads", "head_dim", "intermediate_size")
-STACK += ("attention_qkv_bias", "attention_o_bias", "attention_qk_norm")
+STACK = tuple(name[5:] for name in DualARModelArgs.__annotations__ if name.startswith("fast_"))
 Stack = namedtuple("Stack", [*STACK, "norm_eps"])
 
 

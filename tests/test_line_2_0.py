@@ -72,7 +72,7 @@ def generate(model, frames=FRAMES, seed=5, temperature=0.8, top_p=0.9, top_k=30,
 
 
 def endless(model, **options):
-    """A run that no end token stops. Patch first: the engine has its own end token, which is not among the rows then."""
+    """A run that no end token stops. Not even a patched model's: its engine keeps END, which the bias then forbids."""
     model.tokenizer.end_token = -1
     codes = generate(model, **options)
     model.tokenizer.end_token = END
@@ -248,13 +248,14 @@ def test_other_biases_and_allowed_sets(patched):
 def test_the_loop_takes_the_callers_bias(patched):
     """decode_n_tokens with a finite bias: same frames, and input_pos moves on in place as the stand-in moves it."""
     model, results = build(), []
+    model.setup_caches(1, 256, torch.float32)
     bias = torch.full((1, 1, VOCAB), -math.inf)
     bias[..., BEGIN : BEGIN + CODES] = torch.linspace(-2, 2, CODES)
     numbers = [torch.tensor(v) for v in (0.9, 0.95)]
     for served in (False, True):
         if served:
             patched(model)
-        first = step(model, prompt(), 19, bias=bias) if served else (model.setup_caches(1, 256), step(model.float(), prompt(), 19, bias=bias))[1]
+        first = step(model, prompt(), 19, bias=bias)
         position = torch.tensor([20], dtype=torch.int)
         with torch.inference_mode():
             torch.manual_seed(3)

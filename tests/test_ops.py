@@ -74,7 +74,7 @@ def test_pairs_that_ran(request, capsys):
     expected = {(p["op"].name, p["backend"]) for p in selected if p["backend"] in available}
     with capsys.disabled():
         print(
-            f"\n{len(RAN)} (op, back end) pairs ran, {sum(RAN.values())} checks; back ends: {', '.join(available)}; ISAs: {ISAS}"
+            f"\n{len(RAN)} (op, back end) pairs ran, {sum(RAN.values())} checks; back ends: {available}; ISAs: {ISAS}"
         )
     assert set(RAN) == expected
     assert len(selected) < len(ALL) or len(expected) == len(registry.OPS) * len(available)

@@ -172,8 +172,9 @@ def test_a_callers_own_step_function_is_honoured(patched):
         return original(**kwargs)
 
     arguments = dict(
-        model=model, prompt=prompt(), max_new_tokens=10, audio_masks=None, audio_parts=None, decode_one_token=counting, temperature=0.8,
-        top_p=1e-6, repetition_penalty=1.2,
+        model=model, prompt=prompt(), max_new_tokens=10, audio_masks=None, audio_parts=None,
+        decode_one_token=counting,
+        temperature=0.8, top_p=1e-6, repetition_penalty=1.2,
     )  # fmt: skip
     expected = inference.generate(**arguments)
     patched(model)
@@ -189,7 +190,8 @@ def test_compiled_step_functions_are_served(patched):
     compiled = torch.compile(inference.decode_one_token_ar, backend="aot_eager", fullgraph=True)
     torch.manual_seed(5)
     out = inference.generate(
-        model=model, prompt=prompt(), max_new_tokens=FRAMES, audio_masks=None, audio_parts=None, decode_one_token=compiled,
+        model=model, prompt=prompt(), max_new_tokens=FRAMES, audio_masks=None, audio_parts=None,
+        decode_one_token=compiled,
         temperature=0.8, top_p=1e-6, repetition_penalty=1.2,
     )  # fmt: skip
     assert torch.equal(out[:, 20:], expected)

@@ -21,9 +21,9 @@ CONFIGS = {
 
 class Tokenizer:
     semantic_begin_id, semantic_end_id = SEMANTIC_BEGIN, SEMANTIC_BEGIN + CODES - 1
-    semantic_id_to_token_id = {i: SEMANTIC_BEGIN + i for i in range(CODES)}
 
     def __init__(self, end_token: int = 3) -> None:
+        self.semantic_id_to_token_id = {i: SEMANTIC_BEGIN + i for i in range(CODES)}
         self.end_token = end_token
 
     def get_token_id(self, token: str) -> int:
@@ -34,8 +34,10 @@ class Tokenizer:
 def build(dtype=torch.float32, seed=0, end_token=3, **overrides):
     """A small DualARTransformer with lively weights (the norms' and biases' too)."""
     args = dict(
-        vocab_size=SEMANTIC_BEGIN + CODES, n_layer=3, n_head=6, n_local_heads=2, head_dim=16, dim=48, intermediate_size=72,
-        max_seq_len=1024, codebook_size=CODES, num_codebooks=4, n_fast_layer=2, tie_word_embeddings=False, attention_qk_norm=True,
+        vocab_size=SEMANTIC_BEGIN + CODES, n_layer=3, n_head=6, n_local_heads=2, head_dim=16, dim=48,
+        intermediate_size=72,
+        max_seq_len=1024, codebook_size=CODES, num_codebooks=4, n_fast_layer=2, tie_word_embeddings=False,
+        attention_qk_norm=True,
         norm_eps=1e-6, rope_base=1e4, initializer_range=0.15, use_gradient_checkpointing=False,
     ) | overrides  # fmt: skip
     torch.manual_seed(seed)
@@ -57,7 +59,8 @@ def generate(model, frames=64, seed=5, length=20, top_p=0.9, temperature=0.8, re
     """Upstream's own generate(): the new frames only, [N+1, n]."""
     torch.manual_seed(seed)
     out = module.generate(
-        model=model, prompt=prompt(length, codebooks=model.config.num_codebooks), max_new_tokens=frames, audio_masks=None,
+        model=model, prompt=prompt(length, codebooks=model.config.num_codebooks), max_new_tokens=frames,
+        audio_masks=None,
         audio_parts=None, temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty,
     )  # fmt: skip
     return out[:, length:].clone()

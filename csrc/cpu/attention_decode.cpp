@@ -55,13 +55,13 @@ S1_INLINE void weighted_sum(const T* values, std::int64_t dim, std::int64_t leng
   for (std::int64_t s = 0; s < length; ++s) {
     const T* row = values + s * dim;
     const std::int64_t offset = reinterpret_cast<const char*>(row) - ahead.begin;
-    const char* near = ahead.at(offset + kNearBytes);
-    const char* far = ahead.at(offset + kFarBytes);
+    const char* near_at = ahead.at(offset + kNearBytes);
+    const char* far_at = ahead.at(offset + kFarBytes);
     Vec weight[kHeads];
     for (int h = 0; h < kHeads; ++h) weight[h] = splat(weights[h * stride + s]);
     for (int i = 0; i < kVectors; ++i) {
-      prefetch_near(near + i * kLanes * sizeof(T));
-      prefetch_far(far + i * kLanes * sizeof(T));
+      prefetch_near(near_at + i * kLanes * sizeof(T));
+      prefetch_far(far_at + i * kLanes * sizeof(T));
       const Vec v = kVectors > 1 ? load(row + i * kLanes) : load_upto(row, columns);
       for (int h = 0; h < kHeads; ++h) acc[h][i] = fma(weight[h], v, acc[h][i]);
     }

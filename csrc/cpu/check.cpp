@@ -9,7 +9,7 @@ void check_tokens(const char* op, const std::int32_t* tokens, int rows, int code
   const auto refuse = [&](int row, int column, const char* what, std::int32_t value, int end) {
     throw std::invalid_argument(std::string(op) + ": tokens[" + std::to_string(row) + ", " + std::to_string(column) +
                                 "] must be a " + what + " in [0, " + std::to_string(end) + "), got " +
-                                std::to_string(value));
+                                std::to_string(value) + "; check the prompt");
   };
   for (int b = 0; b < rows; ++b) {
     const std::int32_t* row = tokens + static_cast<std::int64_t>(b) * (codebooks + 1);
@@ -26,7 +26,7 @@ void check_range(const char* op, const char* argument, const std::int32_t* value
     if (values[b] >= minimum && values[b] <= maximum) continue;
     throw std::invalid_argument(std::string(op) + ": " + argument + "[" + std::to_string(b) + "] must be in [" +
                                 std::to_string(minimum) + ", " + std::to_string(maximum) + "] (" + limit + "), got " +
-                                std::to_string(values[b]));
+                                std::to_string(values[b]) + "; reserve room in the cache first");
   }
 }
 

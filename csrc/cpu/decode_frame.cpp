@@ -68,12 +68,12 @@ struct Frame::Buffers {
   }
 
   const int rows;
-  std::vector<char> x, normed;             // [B, C]
-  std::vector<char> projected;             // [B, Cf]
-  std::vector<char> fast_x;                // [2B, Cf]
+  std::vector<char> x, normed;                // [B, C]
+  std::vector<char> projected;                // [B, Cf]
+  std::vector<char> fast_x;                   // [2B, Cf]
   std::vector<char> qkv, q, attended, gated;  // of B slow or 2B fast rows
-  std::vector<char> fast_k, fast_v;        // per fast layer [B, Gf, N, Df]
-  std::int64_t fast_cache_bytes;           // of one layer
+  std::vector<char> fast_k, fast_v;           // per fast layer [B, Gf, N, Df]
+  std::int64_t fast_cache_bytes;              // of one layer
   std::vector<char> sampling;
   std::vector<std::int32_t> slow_length;                 // [B]
   std::vector<std::int32_t> pair_position, pair_length;  // [2B] 0, 1, 0, 1 ... and 1, 2, 1, 2 ...
@@ -84,8 +84,14 @@ struct Frame::Buffers {
 class Frame::Run {
  public:
   Run(Frame& frame, const Kernels& ops, Barrier& barrier, int thread, int threads)
-      : c_(frame.config_), w_(frame.weights_), frame_(frame), buffers_(*frame.buffers_), ops_(ops), barrier_(barrier),
-        thread_(thread), threads_(threads) {}
+      : c_(frame.config_),
+        w_(frame.weights_),
+        frame_(frame),
+        buffers_(*frame.buffers_),
+        ops_(ops),
+        barrier_(barrier),
+        thread_(thread),
+        threads_(threads) {}
 
   // x [B, C] receives the hidden state before the last norm.
   void slow(const std::int32_t* tokens, const std::int32_t* position, int rows, void* x, const float* logit_bias,
@@ -97,8 +103,8 @@ class Frame::Run {
     wait(first_of(c_.slow, w_.slow, head));
     for (int i = 0; i < c_.slow.layers; ++i) {
       const Ahead after = i + 1 < c_.slow.layers ? qkv_part(c_.slow, w_.slow[i + 1]) : head;
-      layer(c_.slow, w_.slow[i], x, rows, rows, w_.cos_sin, position, buffers_.slow_length.data(),
-            frame_.k_caches_[i], frame_.v_caches_[i], frame_.capacity_, after);
+      layer(c_.slow, w_.slow[i], x, rows, rows, w_.cos_sin, position, buffers_.slow_length.data(), frame_.k_caches_[i],
+            frame_.v_caches_[i], frame_.capacity_, after);
     }
     const Ahead after = first_of(c_.fast, w_.fast, {nullptr, 0});
     ops_.rms_norm_logits({c_.dtype, x, w_.norm, w_.head, logit_bias, logits, normed, rows, c_.slow.dim, c_.head_rows,
@@ -109,10 +115,26 @@ class Frame::Run {
 
   void frame(const FrameStep& s) {
     slow(s.tokens, s.position, s.rows, buffers_.x.data(), s.logit_bias, s.main_logits, buffers_.normed.data());
-    ops_.sample_token({s.main_logits, s.main_noise, s.ras_noise, s.main_window, s.ids, s.out, s.rows, c_.head_rows,
-                       s.main_window_length, c_.head_rows, s.main_window_length, c_.codebooks + 1, s.temperature,
-                       s.top_p, s.repetition_penalty, s.top_k, c_.semantic_begin, c_.semantic_end,
-                       buffers_.sampling.data(), &barrier_},
+    ops_.sample_token({s.main_logits,
+                       s.main_noise,
+                       s.ras_noise,
+                       s.main_window,
+                       s.ids,
+                       s.out,
+                       s.rows,
+                       c_.head_rows,
+                       s.main_window_length,
+                       c_.head_rows,
+                       s.main_window_length,
+                       c_.codebooks + 1,
+                       s.temperature,
+                       s.top_p,
+                       s.repetition_penalty,
+                       s.top_k,
+                       c_.semantic_begin,
+                       c_.semantic_end,
+                       buffers_.sampling.data(),
+                       &barrier_},
                       thread_, threads_);
     wait();
     first_code(s);
@@ -141,7 +163,8 @@ class Frame::Run {
   Ahead key_part(const StackConfig& s, const void* k_cache, int caches, int capacity, int length) const {
     const std::int64_t first = share(static_cast<std::int64_t>(caches) * s.kv_heads, thread_, threads_).begin;
     const std::int64_t row_bytes = s.head_dim * static_cast<std::int64_t>(size_of(c_.dtype));
-    return {static_cast<const char*>(k_cache) + first * capacity * row_bytes, std::min(kAheadBytes, length * row_bytes)};
+    return {static_cast<const char*>(k_cache) + first * capacity * row_bytes,
+            std::min(kAheadBytes, length * row_bytes)};
   }
   Ahead first_of(const StackConfig& s, const std::vector<LayerWeights>& layers, Ahead otherwise) const {
     return layers.empty() ? otherwise : qkv_part(s, layers[0]);
@@ -165,9 +188,9 @@ class Frame::Run {
                                 s.heads, s.kv_heads, s.head_dim, capacity, eps},
                                thread_, threads_);
     if (threads_ > caches * s.kv_heads) wait(wo);
-    ops_.attention_decode({dtype, q, k_cache, v_cache, length, attended, rows, caches, s.heads, s.kv_heads, s.head_dim,
-                           capacity, wo.at},
-                          thread_, threads_);
+    ops_.attention_decode(
+        {dtype, q, k_cache, v_cache, length, attended, rows, caches, s.heads, s.kv_heads, s.head_dim, capacity, wo.at},
+        thread_, threads_);
     wait(wo);
     ops_.linear_residual({dtype, attended, w.wo, w.o_bias, x, x, rows, q_dim, s.dim, w1.at}, thread_, threads_);
     wait(w1);
@@ -182,13 +205,13 @@ class Frame::Run {
     return s.out + static_cast<std::int64_t>(b) * (c_.codebooks + 1);
   }
 
-  // code0 from the main token. Every thread computes it for itself where it needs it; thread 0 writes it.
-  std::int32_t first_code_of(const FrameStep& s, int b) const {
-    const std::int64_t code = static_cast<std::int64_t>(row_of_out(s, b)[0]) - c_.semantic_begin;
-    return static_cast<std::int32_t>(std::min<std::int64_t>(std::max<std::int64_t>(code, 0), c_.codebook_size - 1));
-  }
+  // out[:, 1] = the first code, which the main token determines. Row b is the same thread's in copy_embedding().
   void first_code(const FrameStep& s) {
-    for (int b = thread_; b < s.rows; b += threads_) row_of_out(s, b)[1] = first_code_of(s, b);
+    for (int b = thread_; b < s.rows; b += threads_) {
+      std::int32_t* row = row_of_out(s, b);
+      const std::int64_t code = static_cast<std::int64_t>(row[0]) - c_.semantic_begin;
+      row[1] = static_cast<std::int32_t>(std::min<std::int64_t>(std::max<std::int64_t>(code, 0), c_.codebook_size - 1));
+    }
   }
 
   std::size_t fast_row_bytes() const { return static_cast<std::size_t>(c_.fast.dim) * size_of(c_.dtype); }
@@ -240,10 +263,26 @@ class Frame::Run {
                          thread_, threads_);
     wait(after);
     const std::int64_t window = s.fast_window_length;
-    ops_.sample_token({s.fast_logits + skip, s.fast_noise + skip, nullptr, s.fast_window + (code - 1) * window, nullptr,
-                       s.out + 1 + code, s.rows, c_.fast_rows, s.fast_window_length, stride, steps * window,
-                       c_.codebooks + 1, s.temperature, s.top_p, s.repetition_penalty, s.top_k, 0, 0,
-                       buffers_.sampling.data(), &barrier_},
+    ops_.sample_token({s.fast_logits + skip,
+                       s.fast_noise + skip,
+                       nullptr,
+                       s.fast_window + (code - 1) * window,
+                       nullptr,
+                       s.out + 1 + code,
+                       s.rows,
+                       c_.fast_rows,
+                       s.fast_window_length,
+                       stride,
+                       steps * window,
+                       c_.codebooks + 1,
+                       s.temperature,
+                       s.top_p,
+                       s.repetition_penalty,
+                       s.top_k,
+                       0,
+                       0,
+                       buffers_.sampling.data(),
+                       &barrier_},
                       thread_, threads_);
     wait(after);
   }
@@ -293,8 +332,10 @@ void Frame::prepare(const std::int32_t* position, int rows) {
 
 void Frame::decode(const FrameStep& step, int threads) {
   check(step.tokens, step.position, step.rows);
-  if ((step.main_window_length > 0 && !step.main_window) || (step.fast_window_length > 0 && !step.fast_window))
-    throw std::invalid_argument("decode_frame: a window of length > 0 must be given");
+  const bool fast_window = step.fast_window || step.fast_window_length == 0 || config_.codebooks == 1;
+  if (step.main_window_length < 0 || step.fast_window_length < 0 ||
+      (step.main_window_length > 0 && !step.main_window) || !fast_window)
+    throw std::invalid_argument("decode_frame: main_window and fast_window must be given where their length is not 0");
   prepare(step.position, step.rows);
   const Kernels& ops = kernels(current_isa());
   parallel(threads, [&](int thread, Barrier& barrier) { Run(*this, ops, barrier, thread, threads).frame(step); });

@@ -12,16 +12,16 @@
 
 namespace s1 {
 
-#define S1_DECLARE_OPS(isa)                                            \
-  namespace isa {                                                      \
-  void embed_frame(const EmbedFrame&, int, int);                       \
-  void rms_norm_qkv(const RmsNormQkv&, int, int);                      \
-  void qk_norm_rotary_append(const QkNormRotaryAppend&, int, int);     \
-  void attention_decode(const AttentionDecode&, int, int);             \
-  void linear_residual(const LinearResidual&, int, int);               \
-  void rms_norm_swiglu(const RmsNormSwiglu&, int, int);                \
-  void rms_norm_logits(const RmsNormLogits&, int, int);                \
-  void sample_token(const SampleToken&, int, int);                     \
+#define S1_DECLARE_OPS(isa)                                                                         \
+  namespace isa {                                                                                   \
+  void embed_frame(const EmbedFrame&, int, int);                                                    \
+  void rms_norm_qkv(const RmsNormQkv&, int, int);                                                   \
+  void qk_norm_rotary_append(const QkNormRotaryAppend&, int, int);                                  \
+  void attention_decode(const AttentionDecode&, int, int);                                          \
+  void linear_residual(const LinearResidual&, int, int);                                            \
+  void rms_norm_swiglu(const RmsNormSwiglu&, int, int);                                             \
+  void rms_norm_logits(const RmsNormLogits&, int, int);                                             \
+  void sample_token(const SampleToken&, int, int);                                                  \
   const Kernels table = {embed_frame,     rms_norm_qkv,    qk_norm_rotary_append, attention_decode, \
                          linear_residual, rms_norm_swiglu, rms_norm_logits,       sample_token};    \
   }

@@ -33,8 +33,8 @@ struct Histogram {
 
 }  // namespace
 
-Nucleus find_nucleus(const float* logits, const float* weights, const RowPieces& listed, double mass, std::int64_t limit,
-                     std::int32_t* spare) {
+Nucleus find_nucleus(const float* logits, const float* weights, const RowPieces& listed, double mass,
+                     std::int64_t limit, std::int32_t* spare) {
   Histogram histogram;
   RowPieces rows = listed;
   std::int32_t boundary_rows = 0;
@@ -71,7 +71,8 @@ Nucleus find_nucleus(const float* logits, const float* weights, const RowPieces&
     rows = {spare, &boundary_rows, 0, 1};
   }
   std::int32_t ties = 0;
-  while (ties < boundary_rows && taken + ties < limit && taken_mass + (ties + 1.0) * weights[spare[ties]] <= mass) ++ties;
+  while (ties < boundary_rows && taken + ties < limit && taken_mass + (ties + 1.0) * weights[spare[ties]] <= mass)
+    ++ties;
   if (taken + ties == 0) ties = 1;
   return {logits[spare[0]], ties == 0 ? -1 : spare[ties - 1]};
 }

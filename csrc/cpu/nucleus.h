@@ -22,7 +22,7 @@ struct RowPieces {
 // In descending order of logits (ties: the lower row first) the longest prefix whose weights sum to `mass` at most and
 // which has `limit` rows at most; the first row is always in it. Rows not listed must come after the prefix.
 // logits [V] without NaN or -0; weights [V] non-decreasing in the logits; spare: room for one row more than listed.
-Nucleus find_nucleus(const float* logits, const float* weights, const RowPieces& listed, double mass, std::int64_t limit,
-                     std::int32_t* spare);
+Nucleus find_nucleus(const float* logits, const float* weights, const RowPieces& listed, double mass,
+                     std::int64_t limit, std::int32_t* spare);
 
 }  // namespace s1

@@ -17,7 +17,8 @@
 namespace s1 {
 namespace S1_ISA {
 
-// out [D] = rotate(rms_norm(head [D])). `values` and `angles` are scratch of padded(D) floats; angles holds cos_sin's row.
+// out [D] = rotate(rms_norm(head [D])). `values` and `angles` are scratch of padded(D) floats; angles holds cos_sin's
+// row.
 template <class T>
 void norm_and_rotate(const T* head, const T* norm_weight, const float* angles, float eps, int dim, float* values,
                      T* out) {

@@ -46,8 +46,7 @@ void rms_norm_swiglu_as(const RmsNormSwiglu& a, int thread, int threads) {
                                   a.dim, a.eps, gates);
   float* gate = const_cast<float*>(n) + a.rows * padded(a.dim);
   gemv(w1, a.dim, range, n, a.rows, w3 + range.begin * a.dim, KeepGate{gate, range});
-  gemv(w3, a.dim, range, n, a.rows, a.next,
-       MultiplyByGate<T>{gate, range, static_cast<T*>(a.out), a.intermediate});
+  gemv(w3, a.dim, range, n, a.rows, a.next, MultiplyByGate<T>{gate, range, static_cast<T*>(a.out), a.intermediate});
 }
 
 void rms_norm_swiglu(const RmsNormSwiglu& a, int thread, int threads) {

@@ -29,19 +29,19 @@ constexpr int kSoloVocabulary = 8192;
 // What the threads share about one row of logits.
 struct Scratch {
   struct Piece {
-    float top;           // largest adjusted logit, NaN if one is NaN
-    double total;        // sum of weights
-    float best_score;    // of the rows kept
+    float top;              // largest adjusted logit, NaN if one is NaN
+    double total;           // sum of weights
+    float best_score;       // of the rows kept
     std::int32_t best_row;  // -1: none kept
   };
   int pieces;
-  float* adjusted;         // [pieces * kPiece] logits after the penalty, -inf behind V
-  float* weight;           // [pieces * kPiece] e^(adjusted - max)
-  std::int32_t* listed;    // [pieces, kPiece] rows that may be in the nucleus
-  std::int32_t* spare;     // [pieces * kPiece + 1]
-  std::int32_t* count;     // [pieces] how many are listed
-  Piece* piece;            // [pieces]
-  Nucleus* nucleus;        // [1]
+  float* adjusted;       // [pieces * kPiece] logits after the penalty, -inf behind V
+  float* weight;         // [pieces * kPiece] e^(adjusted - max)
+  std::int32_t* listed;  // [pieces, kPiece] rows that may be in the nucleus
+  std::int32_t* spare;   // [pieces * kPiece + 1]
+  std::int32_t* count;   // [pieces] how many are listed
+  Piece* piece;          // [pieces]
+  Nucleus* nucleus;      // [1]
 };
 
 std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -87,12 +87,12 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 struct RowSampler {
   const SampleToken& a;
   Scratch s;
-  const float* logits;           // [V]
-  const std::int32_t* window;    // [W]
+  const float* logits;         // [V]
+  const std::int32_t* window;  // [W]
   int thread, threads;
-  Range mine;                    // of pieces
-  float top;                     // largest adjusted logit
-  double total;                  // sum of all weights
+  Range mine;    // of pieces
+  float top;     // largest adjusted logit
+  double total;  // sum of all weights
 
   void wait() const {
     if (threads > 1) a.barrier->wait();
@@ -122,15 +122,14 @@ struct RowSampler {
       }
     }
     for (std::int64_t p = mine.begin; p < mine.end; ++p) {
-      const unsigned all = equal(splat(0.0f), splat(0.0f));
-      unsigned ordered = all;
+      unsigned ordered = kAllLanes;
       Vec largest = splat(-kInfinity);
       for (std::int64_t v = p * kPiece; v < (p + 1) * kPiece; v += kLanes) {
         const Vec l = load(s.adjusted + v);
         ordered &= equal(l, l);
         largest = max(largest, l);
       }
-      s.piece[p].top = ordered == all ? max_lane(largest) : std::numeric_limits<float>::quiet_NaN();
+      s.piece[p].top = ordered == kAllLanes ? max_lane(largest) : std::numeric_limits<float>::quiet_NaN();
     }
   }
 
@@ -160,7 +159,7 @@ struct RowSampler {
       std::int32_t n = 0;
       for (std::int64_t v = p * kPiece; v < end; v += kLanes) {
         const unsigned light = greater(splat(lightest), load(s.weight + v));
-        if (light == equal(splat(0.0f), splat(0.0f))) continue;
+        if (light == kAllLanes) continue;
         for (int i = 0; i < kLanes && v + i < end; ++i) {
           listed[n] = static_cast<std::int32_t>(v) + i;
           n += ~light >> i & 1u;
@@ -267,8 +266,9 @@ void sample_token(const SampleToken& a, int thread, int threads) {
     const std::size_t bytes = lay_out(nullptr, a.vocabulary, &s);
     lay_out(static_cast<char*>(a.scratch) + (solo ? b * bytes : 0), a.vocabulary, &s);
     const int helper = solo ? 0 : thread, helpers = solo ? 1 : threads;
-    RowSampler row{a, s, a.logits + b * a.row_stride,
-                   a.window + b * a.window_stride, helper, helpers, share(s.pieces, helper, helpers), 0.0f, 0.0};
+    RowSampler row{a,      s,       a.logits + b * a.row_stride,      a.window + b * a.window_stride,
+                   helper, helpers, share(s.pieces, helper, helpers), 0.0f,
+                   0.0};
     const std::int32_t token = row.sample(b);
     if (helper == 0) a.out[b * a.out_stride] = token;
   }

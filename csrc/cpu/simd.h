@@ -6,6 +6,8 @@
 namespace s1 {
 namespace S1_ISA {
 
+constexpr unsigned kAllLanes = (1u << kLanes) - 1;  // greater() and equal() where they hold in every lane
+
 S1_INLINE std::int64_t padded(std::int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // e^x for x <= 88, relative error below 2e-7. Below -87.3 the result stays e^-87.3 (1.2e-38). NaN stays NaN.

@@ -16,9 +16,7 @@ S1_INLINE Vec load(const BF16* p) {
   __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16))};
 }
-S1_INLINE Vec load(const FP16* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-}
+S1_INLINE Vec load(const FP16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 // The first n lanes from memory, zeros in the others; nothing behind them is read.
 template <class T>
 S1_INLINE Vec load_first(const T* p, int n) {
@@ -31,8 +29,7 @@ S1_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v.v); }
 S1_INLINE void store(BF16* p, Vec v) {  // to nearest, ties to even; a NaN stays one
   __m256i bits = _mm256_castps_si256(v.v), top = _mm256_srli_epi32(bits, 16);
   __m256i odd = _mm256_and_si256(top, _mm256_set1_epi32(1));
-  __m256i rounded =
-      _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+  __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
   __m256i quiet = _mm256_or_si256(top, _mm256_set1_epi32(0x40));
   __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v.v, v.v, _CMP_UNORD_Q));
   __m256i r = _mm256_blendv_epi8(rounded, quiet, nan);

@@ -26,9 +26,7 @@ S1_INLINE Vec splat(float value) { return {_mm512_set1_ps(value)}; }
 
 S1_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 S1_INLINE Vec load(const BF16* p) { return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-S1_INLINE Vec load(const FP16* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
+S1_INLINE Vec load(const FP16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 // The first n lanes from memory, zeros in the others; nothing behind them is read.
 S1_INLINE Vec load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
 S1_INLINE Vec load_first(const BF16* p, int n) { return from_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
@@ -55,18 +53,30 @@ S1_INLINE Vec exp2_integral(Vec n) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
 }
 
-S1_INLINE unsigned greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
-S1_INLINE unsigned equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
-
+S1_INLINE __m256 lower_half(Vec v) { return _mm512_castps512_ps256(v.v); }
 S1_INLINE __m256 upper_half(Vec v) { return _mm512_maskz_extractf32x8_ps(0xff, v.v, 1); }
+
+// Not by mask registers: GCC 12 spills one as 16 bits and takes 32 bits back.
+S1_INLINE unsigned lanes_of(__m256 lower, __m256 upper) {
+  return static_cast<unsigned>(_mm256_movemask_ps(lower)) | static_cast<unsigned>(_mm256_movemask_ps(upper)) << 8;
+}
+S1_INLINE unsigned greater(Vec a, Vec b) {
+  return lanes_of(_mm256_cmp_ps(lower_half(a), lower_half(b), _CMP_GT_OQ),
+                  _mm256_cmp_ps(upper_half(a), upper_half(b), _CMP_GT_OQ));
+}
+S1_INLINE unsigned equal(Vec a, Vec b) {
+  return lanes_of(_mm256_cmp_ps(lower_half(a), lower_half(b), _CMP_EQ_OQ),
+                  _mm256_cmp_ps(upper_half(a), upper_half(b), _CMP_EQ_OQ));
+}
+
 S1_INLINE float sum(Vec v) {
-  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v.v), upper_half(v));
+  const __m256 h = _mm256_add_ps(lower_half(v), upper_half(v));
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 S1_INLINE float max_lane(Vec v) {
-  const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(v.v), upper_half(v));
+  const __m256 h = _mm256_max_ps(lower_half(v), upper_half(v));
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));

@@ -77,26 +77,25 @@ S1_INLINE void store_first(T* p, Vec v, int n) {
   for (int i = 0; i < n; ++i) narrow(p + i, v.lane[i]);
 }
 
-#define S1_LANEWISE(expression)                                   \
-  {                                                               \
-    Vec r;                                                        \
-    for (int i = 0; i < kLanes; ++i) r.lane[i] = (expression);    \
-    return r;                                                     \
+#define S1_LANEWISE(expression)                                \
+  {                                                            \
+    Vec r;                                                     \
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = (expression); \
+    return r;                                                  \
   }
-S1_INLINE Vec operator+(Vec a, Vec b) S1_LANEWISE(a.lane[i] + b.lane[i])
-S1_INLINE Vec operator-(Vec a, Vec b) S1_LANEWISE(a.lane[i] - b.lane[i])
-S1_INLINE Vec operator*(Vec a, Vec b) S1_LANEWISE(a.lane[i] * b.lane[i])
-S1_INLINE Vec operator/(Vec a, Vec b) S1_LANEWISE(a.lane[i] / b.lane[i])
-// The second operand where one is NaN, as x86 has it.
-S1_INLINE Vec max(Vec a, Vec b) S1_LANEWISE(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i])
-S1_INLINE Vec min(Vec a, Vec b) S1_LANEWISE(a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i])
-S1_INLINE Vec fma(Vec a, Vec b, Vec c) S1_LANEWISE(a.lane[i] * b.lane[i] + c.lane[i])
-// 2^n for integral n in [-126, 127]: 1.5 * 2^23 + 127 + n has the biased exponent in its lowest bits.
-S1_INLINE Vec exp2_integral(Vec n) S1_LANEWISE(bits_to_float(float_to_bits(n.lane[i] + 12583039.0f) << 23))
+S1_INLINE Vec operator+(Vec a, Vec b) S1_LANEWISE(a.lane[i] + b.lane[i]) S1_INLINE Vec operator-(Vec a, Vec b)
+    S1_LANEWISE(a.lane[i] - b.lane[i]) S1_INLINE Vec operator*(Vec a, Vec b)
+        S1_LANEWISE(a.lane[i] * b.lane[i]) S1_INLINE Vec operator/(Vec a, Vec b) S1_LANEWISE(a.lane[i] / b.lane[i])
+    // The second operand where one is NaN, as x86 has it.
+    S1_INLINE Vec max(Vec a, Vec b) S1_LANEWISE(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]) S1_INLINE Vec
+    min(Vec a, Vec b) S1_LANEWISE(a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]) S1_INLINE Vec fma(Vec a, Vec b, Vec c)
+        S1_LANEWISE(a.lane[i] * b.lane[i] + c.lane[i])
+    // 2^n for integral n in [-126, 127]: 1.5 * 2^23 + 127 + n has the biased exponent in its lowest bits.
+    S1_INLINE Vec exp2_integral(Vec n) S1_LANEWISE(bits_to_float(float_to_bits(n.lane[i] + 12583039.0f) << 23))
 #undef S1_LANEWISE
 
-// Bit i: the relation holds in lane i.
-S1_INLINE unsigned greater(Vec a, Vec b) {
+    // Bit i: the relation holds in lane i.
+    S1_INLINE unsigned greater(Vec a, Vec b) {
   unsigned mask = 0;
   for (int i = 0; i < kLanes; ++i) mask |= static_cast<unsigned>(a.lane[i] > b.lane[i]) << i;
   return mask;

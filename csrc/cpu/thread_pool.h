@@ -6,8 +6,9 @@
 
 namespace s1 {
 
-// All of `threads` threads wait for each other. Waiting spins first: phases are tens of microseconds long. After that it
-// yields, which keeps more threads than processors alive. A waiting thread may read ahead instead of idling, see wait().
+// All of `threads` threads wait for each other. Waiting spins first: phases are tens of microseconds long. After that
+// it yields, which keeps more threads than processors alive. A waiting thread may read ahead instead of idling, see
+// wait().
 class Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads) {}

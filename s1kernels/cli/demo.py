@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import statistics
 import time
 from pathlib import Path
@@ -28,10 +30,11 @@ FRAMES_PER_SECOND = 44100 / 2048  # the codec's hop
 ROUNDS = 3  # unpatched and patched in turn; the median counts
 
 S1_MINI = dict(
-    vocab_size=155776, n_layer=28, dim=1024, n_head=16, n_local_heads=8, head_dim=128, intermediate_size=3072, codebook_size=4096,
-    num_codebooks=10, n_fast_layer=4, fast_dim=1024, fast_n_head=16, fast_n_local_heads=8, fast_head_dim=64,
-    fast_intermediate_size=3072, attention_qk_norm=True, fast_attention_qk_norm=False, tie_word_embeddings=False, rope_base=1e6,
-    norm_eps=1e-6, use_gradient_checkpointing=False,
+    vocab_size=155776, n_layer=28, dim=1024, n_head=16, n_local_heads=8, head_dim=128, intermediate_size=3072,
+    codebook_size=4096, num_codebooks=10, n_fast_layer=4, fast_dim=1024, fast_n_head=16, fast_n_local_heads=8,
+    fast_head_dim=64,
+    fast_intermediate_size=3072, attention_qk_norm=True, fast_attention_qk_norm=False, tie_word_embeddings=False,
+    rope_base=1e6, norm_eps=1e-6, use_gradient_checkpointing=False,
 )  # fmt: skip
 SMALL = S1_MINI | dict(vocab_size=9728, n_layer=6)
 """The same layers, fewer of them, and a smaller vocabulary: for machines without the memory."""
@@ -56,9 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     if options.context < 1 or options.frames < 2 or options.context + options.frames + 1 > options.cache:
         raise ValueError(
-            f"demo: --context + --frames + 1 must be at most --cache={options.cache}, with --context >= 1 and --frames >= 2, "
+            f"demo: --context >= 1, --frames >= 2 and their sum + 1 must be at most --cache={options.cache}, "
             f"got {options.context} and {options.frames}; raise --cache"
         )
+    logging.getLogger("s1kernels").setLevel(logging.WARNING)  # it patches several times
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as progress:
         result = measure(options, progress)
@@ -71,6 +75,7 @@ def execute(options: argparse.Namespace) -> int:
 
 def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Build, time in turn, compare; returns plain values."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # upstream draws a bar a run
     fish_speech.upstream_module()
     from fish_speech.models.text2semantic import inference
 
@@ -142,7 +147,7 @@ def build(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, str]:
 
 
 def _materialize(model: Any, device: str) -> Any:
-    """Give a model that was built on "meta" its tables and seeded weights (faster than upstream's own initialisation)."""
+    """Give a model that was built on "meta" its tables and seeded weights, faster than upstream's own way."""
     from fish_speech.models.text2semantic.llama import precompute_freqs_cis
 
     c = model.config
@@ -176,8 +181,8 @@ def _time_frames(inference: Any, model: Any, prompt: torch.Tensor, frames: int) 
         torch.manual_seed(2)
         start = time.perf_counter()
         inference.generate(
-            model=model, prompt=prompt, max_new_tokens=count, audio_masks=None, audio_parts=None, temperature=0.7, top_p=0.7,
-            repetition_penalty=1.2,
+            model=model, prompt=prompt, max_new_tokens=count, audio_masks=None, audio_parts=None, temperature=0.7,
+            top_p=0.7, repetition_penalty=1.2,
         )  # fmt: skip
         return time.perf_counter() - start
 
@@ -186,7 +191,7 @@ def _time_frames(inference: Any, model: Any, prompt: torch.Tensor, frames: int) 
     return (generate(2 + frames) - short) / frames
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _next_logits(model: Any, prompt: torch.Tensor) -> torch.Tensor:
     """The main logits after the prompt, its last frame fed alone as a decode step feeds it."""
     T = prompt.shape[1]
@@ -194,7 +199,7 @@ def _next_logits(model: Any, prompt: torch.Tensor) -> torch.Tensor:
     return model.forward_generate(prompt[None, :, -1:], torch.tensor([T - 1], device=prompt.device)).logits
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _true_logits(engine: s1kernels.Engine, prompt: torch.Tensor) -> torch.Tensor:
     """The same from the reference in float32 on the same weights."""
     config, weights = engine.config, engine.weights.to(torch.float32)

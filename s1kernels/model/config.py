@@ -124,7 +124,7 @@ def from_upstream(
     """The config that upstream's DualARModelArgs (or a config.json of either line) describes.
 
     Args:
-        args: the fields of upstream's args, flat, or nested as in a 2.0 config.json (text_config, audio_decoder_config).
+        args: the fields of upstream's args, flat, or nested as in a 2.0 config.json.
         semantic_begin, semantic_end, end_token: token ids; upstream keeps them in the tokenizer or in the config.
         line: which of upstream's code lines decodes the model.
     Raises:
@@ -173,7 +173,8 @@ def flatten(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _STACK_FIELDS = (
-    "dim", "n_head", "n_local_heads", "head_dim", "intermediate_size", "attention_qkv_bias", "attention_o_bias", "attention_qk_norm",
+    "dim", "n_head", "n_local_heads", "head_dim", "intermediate_size", "attention_qkv_bias", "attention_o_bias",
+    "attention_qk_norm",
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-"""The DualAR model, written once from the ops: the meaning of `decode_frame`, and its program where no back end has a better.
+"""The DualAR model, written once from the ops: the meaning of `decode_frame`, and its program op by op.
 
-Source: fish_speech/models/text2semantic/llama.py and inference.py; section by section the names are those of `s1kernels.ops`.
+Source: fish_speech/models/text2semantic/llama.py and inference.py.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class DualAR:
         k_caches: list[Tensor],
         v_caches: list[Tensor],
     ) -> Tensor:
-        """[B, C] through a stack; row b stands at `position[b]`, sees what the caches hold up to there, and appends itself."""
+        """[B, C] through a stack; row b stands at `position[b]`, appends itself to its cache and sees all up to
+        there."""
         eps, ops, length = self.config.norm_eps, self.ops, position + 1
         for layer, k_cache, v_cache in zip(layers, k_caches, v_caches, strict=True):
             qkv = ops.rms_norm_qkv(x, layer.attention_norm, layer.wqkv, layer.qkv_bias, eps)
@@ -64,7 +65,7 @@ class DualAR:
         return self.stack(self.embed(tokens), self.weights.slow, self.weights.cos_sin, position, k_caches, v_caches)
 
     def prefill(self, tokens: Tensor, start: int, k_caches: list[Tensor], v_caches: list[Tensor]) -> None:
-        """Write the k and v of T consecutive frames of one sequence, [T, N+1] from position `start` on, into its caches.
+        """Write the k and v of one sequence's frames, [T, N+1] from position `start` on, into its caches.
 
         The framework's matrix products and attention do the work: over many rows they are at their best.
         """

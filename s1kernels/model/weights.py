@@ -1,9 +1,10 @@
-"""The tensors of a DualAR model under our names, with their shapes: one table serves checks, packing and random weights."""
+"""The tensors of a DualAR model under our names, and their shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -157,8 +158,15 @@ def model_shapes(config: DualARConfig) -> Shapes:
     return shapes
 
 
+@lru_cache(maxsize=16)
+def flat_shapes(config: DualARConfig) -> list[tuple[int, ...]]:
+    """Shapes of the tensors of `Weights.flat()`."""
+    weights = Weights.build(config, lambda key, shape: torch.empty(shape, device="meta"))
+    return [tuple(tensor.shape) for tensor in weights.flat()]
+
+
 def rotary_table(positions: int, head_dim: int, base: float) -> Tensor:
-    """[positions, head_dim/2, 2] bfloat16: cos and sin of position * base^(-2i / head_dim), rounded as upstream rounds them."""
+    """[positions, head_dim/2, 2] bfloat16, as upstream rounds it: cos and sin of position * base^(-2i / head_dim)."""
     frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2).float() / head_dim)
     angles = torch.outer(torch.arange(positions), frequencies)
     return torch.stack([angles.cos(), angles.sin()], dim=-1).bfloat16()

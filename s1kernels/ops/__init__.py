@@ -6,7 +6,7 @@ Sizes have one letter everywhere (kernels, docstrings, tests):
     T new positions of one sequence                         H  query heads       K  codebook size
     R caches, one a sequence                                G  key/value heads   K' codes that are sampled
     S positions that a cache can hold                       L  layers            V  rows of the head that are sampled
-    C hidden width                                          F  feed-forward      W  tokens that repetition control looks at
+    C hidden width                                          F  feed-forward      W  tokens of the repetition window
 """
 
 from types import SimpleNamespace

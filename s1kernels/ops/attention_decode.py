@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from s1kernels.contract import Arguments, Op, nbytes
+from s1kernels.contract import Arguments, Op, Result, nbytes
 from s1kernels.ops._math import wide
 from s1kernels.registry import define
 
@@ -17,7 +18,7 @@ def reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor) -> Te
 
     Args:
         q: [B, H, D].
-        k_cache, v_cache: [R, G, S, D]. B = R*T, and row b belongs to cache b // T. Positions from length[b] on are never read.
+        k_cache, v_cache: [R, G, S, D]. B = R*T, and row b belongs to cache b // T; nothing past its length is read.
         length: [B] int32, positions that row b sees, at least 1. Lives on the device, like the caches.
     Returns:
         [B, H, D], dtype of q.
@@ -55,8 +56,8 @@ def check(args: Arguments) -> None:
     args.require(args["B"] % args["R"] == 0, "q", f"[R*T, H, D] with R={args['R']}", shape, "same T for all caches")
 
 
-def empty(args: Arguments) -> Tensor:
-    return torch.empty_like(args.q)
+def results(args: Arguments) -> tuple[Result, ...]:
+    return ((tuple(args.q.shape), args.q.dtype),)
 
 
 def bytes_moved(args: Arguments) -> int:
@@ -65,7 +66,7 @@ def bytes_moved(args: Arguments) -> int:
     return 2 * nbytes(args.q) + nbytes(args.length) + int(longest.sum()) * position
 
 
-def inputs(make, *, B: int, R: int, H: int, G: int, D: int, S: int, length: int | None = None) -> tuple:
+def inputs(make: Any, *, B: int, R: int, H: int, G: int, D: int, S: int, length: int | None = None) -> tuple:
     lengths = make.ints(B, low=1, high=S + 1) if length is None else torch.full((B,), length, dtype=torch.int32)
     k_cache, v_cache = make(R, G, S, D), make(R, G, S, D)
     for r, longest in enumerate(lengths.view(R, -1).amax(1).tolist()):
@@ -90,7 +91,7 @@ attention_decode = define(
         "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor length, Tensor(a!) out) -> ()",
         reference,
         check,
-        empty,
+        results,
         inputs,
         CASES,
         bytes_moved,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from s1kernels.contract import Arguments, Op, nbytes
-from s1kernels.model.config import DualARConfig, StackConfig
-from s1kernels.model.weights import Weights
+from s1kernels.contract import Arguments, Op, Result, nbytes
+from s1kernels.model.config import DualARConfig, Line, StackConfig
+from s1kernels.model.weights import Weights, flat_shapes
 from s1kernels.registry import define
 
 
@@ -50,8 +52,8 @@ def reference(
     Raises:
         ValueError: a token, code or position out of range; a shape differs. TypeError: a dtype differs.
     Numerics: that of the ops it is made of: every op's result is rounded once to the model's dtype.
-    Source: fish_speech/models/text2semantic/inference.py, decode_one_token_ar. Unlike there, fast positions 0 and 1 run as
-        one pass, and the code of a token past the semantic range is clamped (as upstream's 2.0 line does).
+    Source: fish_speech/models/text2semantic/inference.py, decode_one_token_ar. Unlike there, fast positions 0 and 1
+        run as one pass, and the code of a token past the semantic range is clamped (as upstream's 2.0 line does).
     """
     from s1kernels.model.dual_ar import DualAR
     from s1kernels.ops import references
@@ -79,8 +81,8 @@ def reference(
 
 def check(args: Arguments) -> None:
     shape = DualARConfig.from_json(args.config)
-    wide = torch.promote_types(args.head.dtype, torch.float32)
     args.tensor("head", "V", shape.slow.dim)
+    wide = torch.promote_types(args.head.dtype, torch.float32)
     args.tensor("tokens", "B", shape.codebooks + 1, dtype=torch.int32)
     args.tensor("position", "B", dtype=torch.int32)
     args.optional("main_window", "B", "W", dtype=torch.int32)
@@ -101,29 +103,23 @@ def check(args: Arguments) -> None:
         args["K'"],
         "see DualARConfig.fast_rows",
     )
-    for name in ("k_caches", "v_caches"):
-        caches = getattr(args, name)
-        args.require(
-            len(caches) == shape.slow.layers, name, f"{shape.slow.layers} tensors", len(caches), "one a slow layer"
-        )
-        for i, cache in enumerate(caches):
-            item = Arguments("decode_frame", **{f"{name}[{i}]": cache})
-            item.tensor(
-                f"{name}[{i}]",
-                args["B"],
-                shape.slow.kv_heads,
-                caches[0].shape[2],
-                shape.slow.head_dim,
-                dtype=args.head.dtype,
-            )
+    capacity = args.k_caches[0].shape[2] if args.k_caches else 0
+    cache = (args["B"], shape.slow.kv_heads, capacity, shape.slow.head_dim)
+    caches = [cache] * shape.slow.layers
+    for name, shapes in (("k_caches", caches), ("v_caches", caches), ("weights", flat_shapes(shape))):
+        tensors = getattr(args, name)
+        args.require(len(tensors) == len(shapes), name, f"{len(shapes)} tensors", len(tensors), "see Weights.flat()")
+        for i, (tensor, size) in enumerate(zip(tensors, shapes, strict=True)):
+            args.replace(f"{name}[{i}]", tensor)
+            args.tensor(f"{name}[{i}]", *size)
 
 
-def empty(args: Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(args.tokens), torch.empty_like(args.main_noise), torch.empty_like(args.fast_noise)
+def results(args: Arguments) -> tuple[Result, ...]:
+    return tuple((tuple(like.shape), like.dtype) for like in (args.tokens, args.main_noise, args.fast_noise))
 
 
 def bytes_moved(args: Arguments) -> int:
-    """Layer weights once a pass (the fast stack makes N-1 passes), heads, embeddings of one frame, and the cache so far."""
+    """Layer weights once a pass (the fast stack makes N-1), heads, one frame's embeddings, and the cache so far."""
     shape = DualARConfig.from_json(args.config)
     weights = Weights.unflatten(shape, args.weights)
     size, rows = args.head.element_size(), args["B"]
@@ -147,7 +143,7 @@ def bytes_moved(args: Arguments) -> int:
 
 
 def inputs(
-    make,
+    make: Any,
     *,
     B: int,
     slow: StackConfig,
@@ -156,7 +152,7 @@ def inputs(
     N: int,
     K: int,
     start: int,
-    line: str = "s1",
+    line: Line = "s1",
     ras: bool = False,
     ids: bool = False,
     tied: bool = False,
@@ -165,9 +161,10 @@ def inputs(
     """A random model whose draws are forced (see `force`), so that codes must agree in every dtype."""
     vocab = 3 * V
     shape = DualARConfig(
-        slow=slow, fast=fast, vocab_size=vocab, codebooks=N, codebook_size=K, max_positions=start + 9, norm_eps=1e-6, rope_base=1e4,
-        tie_embeddings=tied, scale_codebook_embeddings=ras, norm_fast_input=norm_fast_input, semantic_begin=V, semantic_end=V + K - 1,
-        end_token=0, line=line,
+        slow=slow, fast=fast, vocab_size=vocab, codebooks=N, codebook_size=K, max_positions=start + 9, norm_eps=1e-6,
+        rope_base=1e4, tie_embeddings=tied, scale_codebook_embeddings=ras, norm_fast_input=norm_fast_input,
+        semantic_begin=V,
+        semantic_end=V + K - 1, end_token=0, line=line,
     )  # fmt: skip
     weights = Weights.build(shape, lambda key, size: make(*size, scale=size[-1] ** -0.5 if len(size) > 1 else 1.0))
     tokens = torch.cat([make.ints(B, 1, low=V, high=V + K), make.ints(B, N, high=K)], dim=1).contiguous()
@@ -185,13 +182,13 @@ def inputs(
     bias = make(V, dtype=torch.float32) if ras else None
     head = (weights.head if rows is None else weights.head[rows.long()])[:V].contiguous()
     return (
-        tokens, position, *caches, window, None if ras else make.ints(B, N - 1, 16, high=K), main_noise, ras_noise, fast_noise, *scalars,
-        rows, bias, head, weights.flat(), shape.to_json(),
+        tokens, position, *caches, window, None if ras else make.ints(B, N - 1, 16, high=K), main_noise, ras_noise,
+        fast_noise, *scalars, rows, bias, head, weights.flat(), shape.to_json(),
     )  # fmt: skip
 
 
 def force(noise: Tensor, index: Tensor) -> None:
-    """Make draws from `noise` [..., V] choose `index` [...] whatever the logits are (as long as top_p and top_k keep it)."""
+    """Make draws from `noise` [..., V] choose `index` [...] whatever the logits (if top_p and top_k keep it)."""
     noise.fill_(1e30).scatter_(-1, index.long()[..., None], 1e-5)
 
 
@@ -209,20 +206,22 @@ CASES = {
     ),
     "s1_small": dict(B=1, slow=_SLOW, fast=_FAST, V=99, N=4, K=20, start=0),
     "s1_tied_batch": dict(B=3, slow=_SLOW, fast=_FAST, V=99, N=5, K=20, start=7, tied=True),
-    "s2_projected": dict(B=1, slow=_SLOW, fast=_BIASED, V=99, N=4, K=20, start=3, line="2.0", ras=True, ids=True, norm_fast_input=True),
+    "s2_projected": dict(B=1, slow=_SLOW, fast=_BIASED, V=99, N=4, K=20, start=3, line="2.0", ras=True, ids=True,
+                         norm_fast_input=True),
     "s2_biased_batch": dict(B=2, slow=_BIASED, fast=_FAST, V=70, N=2, K=20, start=5, line="2.0", ras=True, tied=True),
 }  # fmt: skip
 
 decode_frame = define(
     Op(
         "decode_frame",
-        "(Tensor tokens, Tensor position, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor? main_window, Tensor? fast_window, "
-        "Tensor main_noise, Tensor? ras_noise, Tensor fast_noise, Tensor temperature, Tensor top_p, Tensor repetition_penalty, "
-        "Tensor top_k, Tensor? ids, Tensor? logit_bias, Tensor head, Tensor[] weights, str config, "
+        "(Tensor tokens, Tensor position, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor? main_window, "
+        "Tensor? fast_window, Tensor main_noise, Tensor? ras_noise, Tensor fast_noise, Tensor temperature, "
+        "Tensor top_p, Tensor repetition_penalty, Tensor top_k, Tensor? ids, Tensor? logit_bias, Tensor head, "
+        "Tensor[] weights, str config, "
         "Tensor(c!) out_codes, Tensor(d!) out_main_logits, Tensor(e!) out_fast_logits) -> ()",
         reference,
         check,
-        empty,
+        results,
         inputs,
         CASES,
         bytes_moved,

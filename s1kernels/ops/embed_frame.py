@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from s1kernels.contract import Arguments, Op, nbytes
+from s1kernels.contract import Arguments, Op, Result, nbytes
 from s1kernels.ops._math import wide
 from s1kernels.registry import define
 
@@ -20,18 +21,19 @@ def reference(
     semantic_end: int,
     scale: bool,
 ) -> Tensor:
-    """out = text[t0] + sum_i codebook[i*K + t_(i+1)] for a semantic t0, else text[t0]; semantic rows / sqrt(N+1) if `scale`.
+    """out = text[t0] + sum_i codebook[i*K + t_(i+1)] for a semantic t0, else text[t0].
 
     Args:
         tokens: [B, N+1] int32; column 0 is the text token, column i+1 the code of codebook i.
         text_embedding: [Vt, C].
         codebook_embedding: [N*K, C]; codebook i owns the rows from i*K on.
-        semantic_begin, semantic_end: a row is semantic if semantic_begin <= t0 <= semantic_end. Other rows' codes are not read.
+        semantic_begin, semantic_end: a row is semantic if semantic_begin <= t0 <= semantic_end; others' codes are
+        unread.
         scale: divide the whole sum of semantic rows by sqrt(N+1).
     Returns:
         [B, C], dtype of text_embedding.
     Raises:
-        ValueError: a token or a code out of range, with its row and column; a shape differs. TypeError: a dtype differs.
+        ValueError: a token or a code out of range (named); a shape differs. TypeError: a dtype differs.
     Numerics: summed and scaled in float32, rounded once.
     Source: fish_speech/models/text2semantic/llama.py, BaseTransformer.forward_generate.
 
@@ -75,8 +77,8 @@ def check(args: Arguments) -> None:
     )
 
 
-def empty(args: Arguments) -> Tensor:
-    return args.text_embedding.new_empty(args["B"], args["C"])
+def results(args: Arguments) -> tuple[Result, ...]:
+    return (((args["B"], args["C"]), args.text_embedding.dtype),)
 
 
 def bytes_moved(args: Arguments) -> int:
@@ -84,7 +86,7 @@ def bytes_moved(args: Arguments) -> int:
     return nbytes(args.tokens) + rows * args["C"] * args.text_embedding.element_size()
 
 
-def inputs(make, *, B: int, C: int, N: int, K: int, Vt: int, scale: bool = False) -> tuple:
+def inputs(make: Any, *, B: int, C: int, N: int, K: int, Vt: int, scale: bool = False) -> tuple:
     begin = Vt // 2
     tokens = torch.cat([make.ints(B, 1, high=Vt), make.ints(B, N, high=K)], dim=1)
     tokens[0, 0] = begin  # at least one semantic row
@@ -102,11 +104,12 @@ CASES = {
 embed_frame = define(
     Op(
         "embed_frame",
-        "(Tensor tokens, Tensor text_embedding, Tensor codebook_embedding, int semantic_begin, int semantic_end, bool scale, "
+        "(Tensor tokens, Tensor text_embedding, Tensor codebook_embedding, int semantic_begin, "
+        "int semantic_end, bool scale, "
         "Tensor(a!) out) -> ()",
         reference,
         check,
-        empty,
+        results,
         inputs,
         CASES,
         bytes_moved,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from s1kernels.contract import Arguments, Op, nbytes
+from s1kernels.contract import Arguments, Op, Result, nbytes
 from s1kernels.ops._math import project, wide
 from s1kernels.registry import define
 
@@ -38,15 +40,15 @@ def check(args: Arguments) -> None:
     args.optional("residual", "B", "C")
 
 
-def empty(args: Arguments) -> Tensor:
-    return args.x.new_empty(args["B"], args["C"])
+def results(args: Arguments) -> tuple[Result, ...]:
+    return (((args["B"], args["C"]), args.x.dtype),)
 
 
 def bytes_moved(args: Arguments) -> int:
     return nbytes(args.x, args.weight, args.bias, args.residual) + args["B"] * args["C"] * args.x.element_size()
 
 
-def inputs(make, *, B: int, J: int, C: int, bias: bool = False, residual: bool = True) -> tuple:
+def inputs(make: Any, *, B: int, J: int, C: int, bias: bool = False, residual: bool = True) -> tuple:
     return make(B, J), make(C, J, scale=J**-0.5), make(C) if bias else None, make(B, C) if residual else None
 
 
@@ -67,7 +69,7 @@ linear_residual = define(
         "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out) -> ()",
         reference,
         check,
-        empty,
+        results,
         inputs,
         CASES,
         bytes_moved,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from s1kernels.contract import Arguments, Op, nbytes
+from s1kernels.contract import Arguments, Op, Result, nbytes
 from s1kernels.ops._math import normalize, wide
 from s1kernels.registry import define
 
@@ -75,8 +77,8 @@ def check(args: Arguments) -> None:
     args.require(head_dim % 2 == 0, "k_cache", "[R, G, S, D] with an even D", f"D={head_dim}", "rotary needs pairs")
     args.tensor("cos_sin", "P", head_dim // 2, 2)
     args.tensor("position", "B", dtype=torch.int32)
-    heads, rest = divmod(args["(H+2G)*D"], head_dim)
-    fits = rest == 0 and heads > 2 * kv_heads and heads % kv_heads == 0
+    heads = args["(H+2G)*D"] // head_dim
+    fits = args["(H+2G)*D"] % head_dim == 0 and heads > 2 * kv_heads and heads % kv_heads == 0
     expected = f"[B, (H+2G)*D] with G={kv_heads}, D={head_dim}"
     args.require(fits, "qkv", expected, list(args.qkv.shape), "H must be a multiple of G")
     args.require(
@@ -84,8 +86,8 @@ def check(args: Arguments) -> None:
     )
 
 
-def empty(args: Arguments) -> Tensor:
-    return args.qkv.new_empty(args["B"], args["(H+2G)*D"] // args["D"] - 2 * args["G"], args["D"])
+def results(args: Arguments) -> tuple[Result, ...]:
+    return (((args["B"], args["(H+2G)*D"] // args["D"] - 2 * args["G"], args["D"]), args.qkv.dtype),)
 
 
 def bytes_moved(args: Arguments) -> int:
@@ -93,7 +95,7 @@ def bytes_moved(args: Arguments) -> int:
     return 2 * nbytes(args.qkv) + nbytes(args.q_norm_weight, args.k_norm_weight, args.position) + angles
 
 
-def inputs(make, *, B: int, R: int, H: int, G: int, D: int, S: int, norm: bool = True) -> tuple:
+def inputs(make: Any, *, B: int, R: int, H: int, G: int, D: int, S: int, norm: bool = True) -> tuple:
     weights = (make(D), make(D)) if norm else (None, None)
     start = make.ints(R, 1, high=S - B // R + 1)
     position = (start + torch.arange(B // R, device=start.device, dtype=torch.int32)).reshape(B)
@@ -117,7 +119,7 @@ qk_norm_rotary_append = define(
         "Tensor(a!) k_cache, Tensor(b!) v_cache, float eps, Tensor(c!) out) -> ()",
         reference,
         check,
-        empty,
+        results,
         inputs,
         CASES,
         bytes_moved,

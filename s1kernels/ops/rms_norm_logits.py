@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from s1kernels.contract import Arguments, Op, nbytes
+from s1kernels.contract import Arguments, Op, Result, nbytes
 from s1kernels.ops._math import normalize, project
 from s1kernels.registry import define
 
@@ -39,18 +41,16 @@ def check(args: Arguments) -> None:
     args.tensor("weight", "V", "C")
 
 
-def empty(args: Arguments) -> tuple[Tensor, Tensor]:
-    return (
-        args.x.new_empty(args["B"], args["V"], dtype=torch.promote_types(args.x.dtype, torch.float32)),
-        torch.empty_like(args.x),
-    )
+def results(args: Arguments) -> tuple[Result, ...]:
+    wide = torch.promote_types(args.x.dtype, torch.float32)
+    return ((args["B"], args["V"]), wide), ((args["B"], args["C"]), args.x.dtype)
 
 
 def bytes_moved(args: Arguments) -> int:
     return nbytes(args.x, args.norm_weight, args.weight, args.x) + args["B"] * args["V"] * 4
 
 
-def inputs(make, *, B: int, C: int, V: int) -> tuple:
+def inputs(make: Any, *, B: int, C: int, V: int) -> tuple:
     return make(B, C), make(C), make(V, C, scale=C**-0.5), 1e-6
 
 
@@ -69,7 +69,7 @@ rms_norm_logits = define(
         "(Tensor x, Tensor norm_weight, Tensor weight, float eps, Tensor(a!) out_logits, Tensor(b!) out_normed) -> ()",
         reference,
         check,
-        empty,
+        results,
         inputs,
         CASES,
         bytes_moved,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from s1kernels.contract import Arguments, Op, nbytes
+from s1kernels.contract import Arguments, Op, Result, nbytes
 from s1kernels.ops._math import normalize, project
 from s1kernels.registry import define
 
@@ -38,15 +40,15 @@ def check(args: Arguments) -> None:
     args.optional("bias", "O")
 
 
-def empty(args: Arguments) -> Tensor:
-    return args.x.new_empty(args["B"], args["O"])
+def results(args: Arguments) -> tuple[Result, ...]:
+    return (((args["B"], args["O"]), args.x.dtype),)
 
 
 def bytes_moved(args: Arguments) -> int:
     return nbytes(args.x, args.norm_weight, args.weight, args.bias) + args["B"] * args["O"] * args.x.element_size()
 
 
-def inputs(make, *, B: int, C: int, O: int, bias: bool = False) -> tuple:  # noqa: E741
+def inputs(make: Any, *, B: int, C: int, O: int, bias: bool = False) -> tuple:  # noqa: E741
     return make(B, C), make(C), make(O, C, scale=C**-0.5), make(O) if bias else None, 1e-6
 
 
@@ -66,7 +68,7 @@ rms_norm_qkv = define(
         "(Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, float eps, Tensor(a!) out) -> ()",
         reference,
         check,
-        empty,
+        results,
         inputs,
         CASES,
         bytes_moved,

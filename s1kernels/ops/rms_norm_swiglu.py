@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional as F
 
-from s1kernels.contract import Arguments, Op, nbytes
+from s1kernels.contract import Arguments, Op, Result, nbytes
 from s1kernels.ops._math import normalize, project
 from s1kernels.registry import define
 
@@ -40,15 +42,15 @@ def check(args: Arguments) -> None:
     args.tensor("w3", "F", "C")
 
 
-def empty(args: Arguments) -> Tensor:
-    return args.x.new_empty(args["B"], args["F"])
+def results(args: Arguments) -> tuple[Result, ...]:
+    return (((args["B"], args["F"]), args.x.dtype),)
 
 
 def bytes_moved(args: Arguments) -> int:
     return nbytes(args.x, args.norm_weight, args.w1, args.w3) + args["B"] * args["F"] * args.x.element_size()
 
 
-def inputs(make, *, B: int, C: int, F: int) -> tuple:
+def inputs(make: Any, *, B: int, C: int, F: int) -> tuple:
     return make(B, C), make(C), make(F, C, scale=C**-0.5), make(F, C, scale=C**-0.5), 1e-6
 
 
@@ -67,7 +69,7 @@ rms_norm_swiglu = define(
         "(Tensor x, Tensor norm_weight, Tensor w1, Tensor w3, float eps, Tensor(a!) out) -> ()",
         reference,
         check,
-        empty,
+        results,
         inputs,
         CASES,
         bytes_moved,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from s1kernels.contract import Arguments, Op, Reason, nbytes
+from s1kernels.contract import Arguments, Op, Reason, Result, nbytes
 from s1kernels.registry import define
 
 RAS_TEMPERATURE, RAS_TOP_P = 1.0, 0.9
@@ -28,8 +30,8 @@ def reference(
     """Draw one token a row: argmax over the kept rows v of softmax(logits / temperature)[v] / noise[v].
 
     With noise ~ Exp(1) that is a draw from the kept distribution; noise of ones makes it greedy. Kept is, in descending
-    order of logits (ties: lower row first), the longest prefix of at most top_k rows whose softmax(logits) sums to at most
-    top_p; the first row always is. That softmax is not divided by the temperature.
+    order of logits (ties: lower row first), the longest prefix of at most top_k rows whose softmax(logits) sums to at
+    most top_p; the first row always is. That softmax is not divided by the temperature.
 
     Two ways to control repetition. Without `ras_noise` (S1 line): before all else the logits of tokens in `window` are
     divided by repetition_penalty if positive, multiplied if negative, once a token. With `ras_noise` (2.0 line,
@@ -48,7 +50,7 @@ def reference(
         top_k: [] int32; 0 means no limit.
         semantic_begin, semantic_end: tokens in [semantic_begin, semantic_end] are semantic.
     Returns:
-        [B] int32 tokens; -1 for a row whose logits hold a NaN or no finite value.
+        [B] int32 tokens; -1 for a row whose logits hold NaN or +infinity, or nothing finite.
     Raises:
         ValueError, TypeError: a shape, dtype, device or stride differs; the message names the argument.
     Numerics: probabilities are summed in float64, so that their order does not matter.
@@ -62,7 +64,7 @@ def reference(
     tokens = torch.arange(logits.shape[1], device=logits.device) if ids is None else ids.long()
     rows = []
     for b, row in enumerate(logits.double()):
-        if row.isnan().any() or not row.isfinite().any():
+        if not row.max().isfinite():
             rows.append(-1)
             continue
         seen = torch.zeros_like(tokens, dtype=torch.bool) if window is None else torch.isin(tokens, window[b].long())
@@ -96,7 +98,9 @@ def scores(row: Tensor, noise: Tensor, temperature: Tensor, top_p: Tensor, top_k
 
 
 def check(args: Arguments) -> None:
-    args.tensor("logits", "B", "V", dtype=args.logits.dtype if args.logits.dtype == torch.float64 else torch.float32)
+    args.tensor("logits", "B", "V")
+    if args.logits.dtype not in (torch.float32, torch.float64):
+        args.tensor("logits", "B", "V", dtype=torch.float32)
     args.tensor("noise", "B", "V", dtype=args.logits.dtype)
     args.optional("ras_noise", "B", "V", dtype=args.logits.dtype)
     args.optional("window", "B", "W", dtype=torch.int32)
@@ -106,8 +110,8 @@ def check(args: Arguments) -> None:
     args.tensor("top_k", dtype=torch.int32)
 
 
-def empty(args: Arguments) -> Tensor:
-    return args.logits.new_empty(args["B"], dtype=torch.int32)
+def results(args: Arguments) -> tuple[Result, ...]:
+    return (((args["B"],), torch.int32),)
 
 
 def bytes_moved(args: Arguments) -> int:
@@ -122,7 +126,7 @@ def verdict(args: Arguments, result: Tensor, truth: Tensor) -> Reason:
         row = args.logits[b].double()
         if args.window is not None:
             row = penalize(row, torch.isin(tokens, args.window[b]), args.repetition_penalty)
-        equal = []
+        equal: list[int] = []
         for edge in (-1e-5, 0.0, 1e-5):
             s = scores(row, args.noise[b], args.temperature, args.top_p.double() + edge, args.top_k)
             equal += tokens[s >= s.max() * (1 - 1e-4)].tolist()
@@ -132,7 +136,7 @@ def verdict(args: Arguments, result: Tensor, truth: Tensor) -> Reason:
 
 
 def inputs(
-    make,
+    make: Any,
     *,
     B: int,
     V: int,
@@ -156,7 +160,7 @@ def inputs(
     return logits, noise, make.exponential(B, V) if ras else None, window, tokens, *scalars, 3, 3 * V
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "s1_main": dict(B=1, V=155776, W=11),
     "s1_main_flat": dict(B=1, V=155776, W=11, spread=0.02),
     "s1_fast": dict(B=1, V=1024, W=16),
@@ -173,11 +177,12 @@ CASES = {
 sample_token = define(
     Op(
         "sample_token",
-        "(Tensor logits, Tensor noise, Tensor? ras_noise, Tensor? window, Tensor? ids, Tensor temperature, Tensor top_p, "
-        "Tensor repetition_penalty, Tensor top_k, int semantic_begin, int semantic_end, Tensor(a!) out) -> ()",
+        "(Tensor logits, Tensor noise, Tensor? ras_noise, Tensor? window, Tensor? ids, Tensor temperature, "
+        "Tensor top_p, Tensor repetition_penalty, Tensor top_k, int semantic_begin, int semantic_end, "
+        "Tensor(a!) out) -> ()",
         reference,
         check,
-        empty,
+        results,
         inputs,
         CASES,
         bytes_moved,

@@ -1,0 +1,155 @@
+"""The command line, as a user calls it, and upstream's scripts served through it."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import upstream_models
+from fish_speech.models.text2semantic import inference
+
+import s1kernels
+from s1kernels import cli, fish_speech, registry
+from s1kernels.cli import demo
+
+
+def call(*arguments, cwd=None):
+    """`python -m s1kernels ...` in a fresh process."""
+    command = [sys.executable, "-P", "-m", "s1kernels", *arguments] if sys.version_info >= (3, 11) else None
+    command = command or [sys.executable, "-c", "from s1kernels.cli import main; raise SystemExit(main())", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
+
+
+def test_info_in_words_and_in_json():
+    words = call("info")
+    assert words.returncode == 0, words.stderr
+    for text in ("platform", "torch", "build", "compiler", "attention back ends", *registry.OPS):
+        assert text in words.stdout, text
+    facts = json.loads(call("info", "--json").stdout)
+    assert facts["s1kernels"] == s1kernels.__version__
+    assert facts["platform"]["wsl"] in (True, False)
+    assert set(facts["ops"]["cpu"]) == set(registry.OPS)
+    assert facts["build"]["native"] or facts["build"]["reason"]
+    assert facts["backends"]["reference"] == "available"
+
+
+def test_verify_runs_the_contract_and_fails_when_it_must(monkeypatch, capsys):
+    assert cli.main(["verify", "--op", "linear_residual", "--json"]) == 0
+    outcomes = json.loads(capsys.readouterr().out)["outcomes"]
+    backends = {name for name, available in registry.BACKENDS.items() if available() is None}
+    assert {o["backend"] for o in outcomes} == backends
+    assert all(o["complaint"] is None and o["error"] <= o["tolerance"] for o in outcomes)
+
+    wrong = registry.Impl("reference", lambda *args: args[-1].zero_())
+    monkeypatch.setitem(registry.OPS["linear_residual"].impls, "reference", wrong)
+    assert cli.main(["verify", "--op", "linear_residual", "--backend", "reference"]) == 1
+    printed = capsys.readouterr()
+    assert "FAILED linear_residual by reference" in printed.err
+    assert "1 (op, back end) pairs ran" in printed.out
+
+
+def test_verify_of_a_back_end_that_is_not_there_says_why(monkeypatch, capsys):
+    monkeypatch.setitem(registry.BACKENDS, "cpu", lambda: "no compiler was found")
+    assert cli.main(["verify", "--backend", "cpu"]) == 2
+    assert "cannot run here: no compiler was found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_demo_times_upstream_against_patched(dtype, monkeypatch, capsys):
+    tiny = dict(
+        vocab_size=4500, n_layer=2, dim=64, n_head=4, n_local_heads=2, head_dim=16, intermediate_size=96, n_fast_layer=1
+    )
+    fast = dict(fast_dim=64, fast_n_head=4, fast_n_local_heads=2, fast_head_dim=16, fast_intermediate_size=96)
+    monkeypatch.setattr(demo, "SMALL", demo.SMALL | tiny | fast)
+    assert (
+        cli.main(["demo", "--small", "--context", "12", "--frames", "4", "--cache", "64", "--dtype", dtype, "--json"])
+        == 0
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert "small model" in result["model"] and result["dtype"] == dtype
+    assert result["agrees"] and result["logit_error"]["patched"] <= max(result["logit_error"]["unpatched"], 1e-5)
+    assert set(result["seconds_per_frame"]) == {"unpatched", "patched"} and len(result["speedup_rounds"]) == demo.ROUNDS
+    assert cli.main(["demo", "--small", "--context", "12", "--frames", "4", "--cache", "64"]) == 0
+    table = capsys.readouterr().out
+    for text in ("ms/frame", "frames/s", "times real time", "GB/s", "unpatched", "patched", "agree"):
+        assert text in table
+
+
+def test_demo_refuses_a_context_that_does_not_fit(capsys):
+    assert cli.main(["demo", "--context", "600"]) == 2
+    assert "must be at most --cache=512" in capsys.readouterr().err
+
+
+def test_unknown_commands_and_options_are_refused(capsys):
+    for arguments in (["sing"], ["verify", "--op", "attention"], []):
+        with pytest.raises(SystemExit) as error:
+            cli.main(arguments)
+        assert error.value.code == 2
+    assert "attention_decode" in capsys.readouterr().err
+
+
+def test_install_patches_what_init_model_returns(monkeypatch):
+    """Upstream's worker thread looks init_model up when it starts: what it loads speaks through the engine."""
+    original = inference.init_model
+    model = upstream_models.build()
+    expected = upstream_models.generate(model, frames=12)
+    monkeypatch.setattr(inference, "init_model", lambda *args, **kwargs: (model, inference.decode_one_token_ar))
+    fish_speech.install()
+    fish_speech.install(backend="reference")  # again: the new back end applies, nothing is wrapped twice
+    loaded, step = inference.init_model("checkpoint", "cpu", torch.float32)
+    assert loaded is model and callable(step)
+    assert s1kernels.engine_of(model).backends["attention_decode"] == "reference"
+    assert torch.equal(upstream_models.generate(model, frames=12), expected)
+    s1kernels.unpatch(model)
+    fish_speech.uninstall()
+    assert not hasattr(inference.init_model, "__wrapped__")
+    monkeypatch.undo()
+    assert inference.init_model is original
+
+
+SCRIPT = """
+import sys
+import torch
+import upstream_models
+from fish_speech.models.text2semantic.inference import *
+
+def init_model(path):
+    return upstream_models.build(), decode_one_token_ar
+
+def main():
+    model, _ = init_model(sys.argv[1])
+    codes = upstream_models.generate(model, frames=12, module=sys.modules["fish_speech.models.text2semantic.inference"])
+    print(codes.tolist())
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_run_serves_a_script_that_defines_its_own_loader(tmp_path, monkeypatch):
+    script = tmp_path / "speak.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    here = str(Path(upstream_models.__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
+    plain = subprocess.run([sys.executable, script, "x"], capture_output=True, text=True, cwd=tmp_path)
+    served = call("run", str(script), "x", cwd=tmp_path)
+    assert served.returncode == 0, served.stderr
+    assert served.stdout == plain.stdout and "[[" in plain.stdout
+    assert "patched DualARTransformer" in served.stderr and "patched" not in plain.stderr
+
+
+def test_run_serves_upstreams_own_script(tmp_path):
+    """Upstream's inference.py as a script: its own --help, and its own error for a missing checkpoint."""
+    shown = call("run", inference.__file__, "--help", cwd=tmp_path)
+    assert shown.returncode == 0 and "--checkpoint-path" in shown.stdout
+    failed = call("run", inference.__file__, "--checkpoint-path", str(tmp_path), "--device", "cpu", cwd=tmp_path)
+    assert failed.returncode != 0 and "config.json" in failed.stderr
+
+
+def test_run_of_a_missing_script_says_so(capsys):
+    assert cli.main(["run", "nowhere.py"]) == 2
+    assert "script must be a Python file, got nowhere.py" in capsys.readouterr().err
