@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import statistics
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ from s1kernels import fish_speech
 from s1kernels.testing import rel_error
 
 FRAMES_PER_SECOND = 44100 / 2048  # the codec's hop
-ROUNDS = 3  # unpatched and patched in turn; the median counts
+ROUNDS = 5  # unpatched and patched in turn; the median counts
 
 S1_MINI = dict(
     vocab_size=155776, n_layer=28, dim=1024, n_head=16, n_local_heads=8, head_dim=128, intermediate_size=3072,
@@ -46,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument("--context", type=int, default=128, help="prompt length in frames (default: 128)")
-    parser.add_argument("--frames", type=int, default=24, help="frames that each measurement decodes (default: 24)")
+    parser.add_argument("--frames", type=int, default=16, help="frames that each measurement decodes (default: 16)")
     parser.add_argument(
         "--cache",
         type=int,
@@ -75,10 +74,7 @@ def execute(options: argparse.Namespace) -> int:
 
 def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Build, time in turn, compare; returns plain values."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # upstream draws a bar a run
-    fish_speech.upstream_module()
-    from fish_speech.models.text2semantic import inference
-
+    inference = fish_speech.upstream_module()
     dtype = getattr(torch, options.dtype)
     building = progress.add_task("building the model", total=None)
     model, what = build(options, dtype)
@@ -186,9 +182,13 @@ def _time_frames(inference: Any, model: Any, prompt: torch.Tensor, frames: int) 
         )  # fmt: skip
         return time.perf_counter() - start
 
-    generate(2)
-    short = generate(2)
-    return (generate(2 + frames) - short) / frames
+    bar, inference.tqdm = inference.tqdm, iter  # upstream draws a bar a run; this command has its own
+    try:
+        generate(2)
+        short = generate(2)
+        return (generate(2 + frames) - short) / frames
+    finally:
+        inference.tqdm = bar
 
 
 @torch.inference_mode()
