@@ -57,15 +57,20 @@ class KVCache:
     """The slow stack's keys and values, one [1, G, S, D] tensor a layer; S grows as positions are used."""
 
     def __init__(self, config: DualARConfig, like: Tensor, first: int = FIRST_CAPACITY) -> None:
-        stack, capacity = config.slow, min(first, config.max_positions)
-        shape = (1, stack.kv_heads, capacity, stack.head_dim)
-        self.config = config
+        self.config, self.first = config, min(first, config.max_positions)
+        stack = config.slow
+        shape = (1, stack.kv_heads, self.first, stack.head_dim)
         self.k, self.v = ([like.new_empty(shape) for _ in range(stack.layers)] for _ in range(2))
 
     @property
     def capacity(self) -> int:
         """S, positions that fit."""
         return self.k[0].shape[2]
+
+    def reset(self) -> None:
+        """Shrink to the first size; what lay beyond is gone."""
+        if self.capacity > self.first:
+            self._resize(self.first)
 
     def reserve(self, positions: int) -> None:
         """Make room for `positions`; what is stored stays.
@@ -83,14 +88,14 @@ class KVCache:
 
     def _resize(self, capacity: int) -> None:
         with torch.inference_mode(False):  # ordinary tensors: they outlive a caller's inference mode
-            self.k, self.v = ([grown(tensor, capacity) for tensor in tensors] for tensors in (self.k, self.v))
+            self.k, self.v = ([resized(tensor, capacity) for tensor in tensors] for tensors in (self.k, self.v))
 
 
-def grown(cache: Tensor, capacity: int) -> Tensor:
+def resized(cache: Tensor, capacity: int) -> Tensor:
     """A copy of a cache [R, G, S, D] with room for `capacity` positions."""
-    grown = cache.new_zeros(*cache.shape[:2], capacity, cache.shape[3])
-    grown[:, :, : cache.shape[2]] = cache
-    return grown
+    copy, kept = cache.new_zeros(*cache.shape[:2], capacity, cache.shape[3]), min(capacity, cache.shape[2])
+    copy[:, :, :kept] = cache[:, :, :kept]
+    return copy
 
 
 class OpsProgram:
@@ -178,6 +183,10 @@ class Engine:
             self.backends = self._choose_program(backend)
             """Who serves: the whole frame under "decode_frame", or op by op."""
             self.use_rows(self.semantic_rows() if config.line == "2.0" else self.all_rows)
+
+    def reset(self) -> None:
+        """Forget what was said: the cache goes back to its first size, and the next prompt starts at position 0."""
+        self.cache.reset()
 
     def semantic_rows(self) -> Rows:
         """The rows that may follow in speech: the semantic tokens and the end token. The 2.0 line samples no others."""

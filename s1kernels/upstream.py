@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s1kernels.engine import KVCache, grown
+from s1kernels.engine import KVCache, resized
 from s1kernels.model.config import DualARConfig, Line, from_upstream
 from s1kernels.model.weights import Weights
 
@@ -130,7 +130,7 @@ class UpstreamCache(KVCache):
     """
 
     def __init__(self, config: DualARConfig, model: Any, first: int) -> None:
-        self.config, self.first = config, first
+        self.config, self.first = config, min(first, config.max_positions)
         self.model = weakref.ref(model)
         self.limit = model.max_seq_len
 
@@ -166,7 +166,7 @@ class UpstreamCache(KVCache):
         with torch.inference_mode(False):
             for layer in model.layers:
                 cache = layer.attention.kv_cache
-                cache.k_cache, cache.v_cache = grown(cache.k_cache, capacity), grown(cache.v_cache, capacity)
+                cache.k_cache, cache.v_cache = resized(cache.k_cache, capacity), resized(cache.v_cache, capacity)
         model.max_seq_len = capacity
 
     def _tensors(self, name: str) -> list[Tensor]:

@@ -32,7 +32,7 @@ def execute(options: argparse.Namespace) -> int:
     for title in ("platform", "torch", "build"):
         table = Table(title=title, title_justify="left", show_header=False, box=None)
         for name, value in facts[title].items():
-            table.add_row(f"  {name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+            table.add_row(f"  {name}", ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
         console.print(table)
     table = Table(title="ops (first that can serves)", title_justify="left", box=None)
     for column in ("  device", "op", *registry.BACKENDS):

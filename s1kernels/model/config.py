@@ -132,7 +132,7 @@ def from_upstream(
     Source: fish_speech/models/text2semantic/llama.py, BaseModelArgs and DualARModelArgs.
     """
     args = flatten(args)
-    slow = _stack(args, "", "n_layer", {})
+    slow = _stack({"head_dim": 64} | args, "", "n_layer", {})  # upstream's default; an explicit null means dim / n_head
     inherited = {name: args.get(name) for name in _STACK_FIELDS} | {"head_dim": slow.head_dim}
     inherited |= {"intermediate_size": slow.intermediate, "n_local_heads": slow.kv_heads}
     fast = _stack(args, "fast_", "n_fast_layer", inherited)
@@ -160,8 +160,7 @@ def flatten(args: Mapping[str, Any]) -> dict[str, Any]:
     kind = args.get("model_type")
     if kind == "fish_qwen3_omni":
         slow, fast = args["text_config"], args["audio_decoder_config"]
-        flat = {
-            **slow,
+        flat = {name: value for name, value in slow.items() if value is not None} | {
             "num_codebooks": fast["num_codebooks"],
             "codebook_size": fast["vocab_size"],
             "n_fast_layer": fast["n_layer"],
