@@ -1,6 +1,7 @@
 """THE contract test: every op, on every back end that can run here, for every case and dtype."""
 
 import contextlib
+import itertools
 from collections import Counter
 
 import pytest
@@ -82,7 +83,7 @@ def test_pairs_that_ran(request, capsys):
 
 def test_a_wrong_result_is_caught(monkeypatch):
     """The contract test itself fails on a result that is off, unwritten, or written outside its place."""
-    op = registry.OPS["linear_residual"]
+    op, calls = registry.OPS["linear_residual"], itertools.count()
 
     def check(run):
         monkeypatch.setitem(op.impls, "reference", registry.Impl("reference", run))
@@ -107,7 +108,7 @@ def test_a_wrong_result_is_caught(monkeypatch):
 
     def moody(*args):
         right(*args)
-        args[-1].mul_(1 + torch.rand(()) * 1e-7)
+        args[-1].mul_(1 + next(calls) * 1e-6)
 
     assert check(right) is None
     assert "relative error" in check(off)
