@@ -153,3 +153,8 @@ def test_run_serves_upstreams_own_script(tmp_path):
 def test_run_of_a_missing_script_says_so(capsys):
     assert cli.main(["run", "nowhere.py"]) == 2
     assert "script must be a Python file, got nowhere.py" in capsys.readouterr().err
+
+
+def test_demo_of_a_missing_checkpoint_says_so(capsys):
+    assert cli.main(["demo", "--checkpoint", "nowhere"]) == 2
+    assert "--checkpoint must be a directory, got nowhere" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from rich.table import Table
 
 import s1kernels
 from s1kernels import fish_speech
+from s1kernels.cli.info import platform_facts
 from s1kernels.testing import rel_error
 
 FRAMES_PER_SECOND = 44100 / 2048  # the codec's hop
@@ -104,6 +105,8 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         "cache": options.cache,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "s1kernels": s1kernels.__version__,
+        "platform": platform_facts(),
         "backends": dict(report.backends),
         "seconds_per_frame": {name: statistics.median(values) for name, values in seconds.items()},
         "speedup": statistics.median(ratios),
@@ -119,6 +122,8 @@ def build(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, str]:
     from fish_speech.models.text2semantic.llama import DualARModelArgs, DualARTransformer
 
     if options.checkpoint:
+        if not options.checkpoint.is_dir():
+            raise ValueError(f"demo: --checkpoint must be a directory, got {options.checkpoint}; give S1-mini's folder")
         model = DualARTransformer.from_pretrained(str(options.checkpoint), load_weights=True, max_length=options.cache)
         return model.to(options.device, dtype).eval(), f"checkpoint {options.checkpoint}"
     shape, what = S1_MINI, "S1-mini's shape, seeded random weights"

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,8 +65,18 @@ def platform_facts() -> dict[str, Any]:
         "wsl": "microsoft" in release.lower(),
         "python": sys.version.split()[0],
         "machine": platform.machine(),
+        "processor": _processor(),
         "cores": os.cpu_count(),
     }
+
+
+def _processor() -> str:
+    """The processor's name; Linux tells it in /proc/cpuinfo alone."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def torch_facts() -> dict[str, Any]:
