@@ -72,19 +72,19 @@ class KVCache:
         if self.capacity > self.first:
             self._resize(self.first)
 
-    def reserve(self, positions: int) -> None:
-        """Make room for `positions`; what is stored stays.
-
-        Raises:
-            ValueError: more than the model's rotary table has.
-        """
+    def require(self, positions: int) -> None:
+        """Raise ValueError if `positions` are more than the model's rotary table has."""
         limit = self.config.max_positions
         if positions > limit:
             raise ValueError(
                 f"KVCache: positions must be at most max_positions={limit}, got {positions}; use a shorter prompt"
             )
+
+    def reserve(self, positions: int) -> None:
+        """Make room for `positions`; what is stored stays. Raises as `require` does."""
+        self.require(positions)
         if positions > self.capacity:
-            self._resize(min(limit, max(positions, 2 * self.capacity)))
+            self._resize(min(self.config.max_positions, max(positions, 2 * self.capacity)))
 
     def _resize(self, capacity: int) -> None:
         with torch.inference_mode(False):  # ordinary tensors: they outlive a caller's inference mode
@@ -306,7 +306,7 @@ class Engine:
         if prompt.dim() != 2 or T < 1 or max_frames < 1:
             got = f"{list(prompt.shape)}, {max_frames}"
             raise ValueError(f"Engine.generate: prompt must be [N+1, T >= 1], max_frames >= 1, got {got}; add a frame")
-        self.cache.reserve(start + T + max_frames - 1)
+        self.cache.require(start + T + max_frames - 1)
         generator = None if seed is None else torch.Generator(self._codes.device).manual_seed(seed)
         self.prefill(prompt[:, :-1], start)
         last = start + T - 1
@@ -379,7 +379,7 @@ class Engine:
             noise.uniform_(generator=generator).clamp_(min=1e-38).log_().neg_()
 
     def _frames(self, tokens: Tensor) -> Tensor:
-        """[N+1, T] tokens of any integer type -> [T, N+1] int32, checked against the embeddings' sizes."""
+        """[N+1, T] tokens of any integer type, checked for shape and int32's range -> [T, N+1] int32."""
         c = self.config
         fits = tokens.dim() == 2 and tokens.shape[0] == c.codebooks + 1 and not tokens.is_floating_point()
         if not fits or bool((tokens != tokens.int()).any()):
