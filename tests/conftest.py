@@ -1,5 +1,8 @@
 """What every test relies on: the installed package is under test, and its native module loads if it was built."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,3 +22,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header() -> str:
     backends = ", ".join(f"{name}: {available() or 'available'}" for name, available in registry.BACKENDS.items())
     return f"s1kernels {s1kernels.__version__} from {s1kernels.__path__[0]}; {backends}"
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """One checkpoint directory of each kind, not to be changed."""
+    from checkpoint_files import publish  # needs fish-speech
+
+    return publish(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture
+def copy(published, tmp_path):
+    """A copy of one of them, by name."""
+    return lambda name: Path(shutil.copytree(published / name, tmp_path / name))
