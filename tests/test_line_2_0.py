@@ -104,15 +104,6 @@ def the_stand_in_is_left_as_it_was():
     assert dict(vars(DualARTransformer)) == methods
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models are so small that a second thread only waits; `test_ops` has the kernels work with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def patched():
     """patch(), undone at the end of the test."""

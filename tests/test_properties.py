@@ -29,15 +29,6 @@ def quick(examples):
     return settings(max_examples=examples, **options)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For shapes this small a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def size(high=70, low=1):
     return st.integers(low, high)
 
