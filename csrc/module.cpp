@@ -13,6 +13,9 @@
 #include "cpu/thread_pool.h"
 
 namespace py = pybind11;
+namespace s1 {
+void bind_cuda(py::module_& m);  // csrc/cuda/bindings.cpp
+}
 using namespace s1;
 
 namespace {
@@ -100,6 +103,15 @@ void rms_norm_logits(const std::string& dtype, Address x, Address norm_weight, A
       {dtype_of(dtype), at(x), at(norm_weight), at(weight), nullptr, at<float>(logits), at(normed), rows, dim,
        vocabulary, dim, vocabulary, eps, nullptr},
       threads);
+}
+
+void rms_norm(const std::string& dtype, Address x, Address weight, Address out, int rows, int dim, float eps,
+              int threads) {
+  run(&Kernels::rms_norm, {dtype_of(dtype), at(x), at(weight), at(out), rows, dim, eps}, threads);
+}
+
+void swiglu(const std::string& dtype, Address gate, Address up, Address out, int rows, int intermediate, int threads) {
+  run(&Kernels::swiglu, {dtype_of(dtype), at(gate), at(up), at(out), rows, intermediate}, threads);
 }
 
 void sample_token(Address logits, Address noise, Address ras_noise, Address window, Address ids, Address out, int rows,
@@ -225,6 +237,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_residual", &linear_residual);
   m.def("rms_norm_swiglu", &rms_norm_swiglu);
   m.def("rms_norm_logits", &rms_norm_logits);
+  m.def("rms_norm", &rms_norm);
+  m.def("swiglu", &swiglu);
   m.def("sample_token", &sample_token);
   py::class_<Frame>(m, "Frame")
       .def(py::init(&make_frame), py::arg("config"), py::arg("weights"))
@@ -239,4 +253,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return name_of(current_isa()); });
   m.def("set_isa", &set_isa, py::arg("name"));
   m.attr("compiler") = compiler();
+  bind_cuda(m);
 }

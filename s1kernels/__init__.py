@@ -6,9 +6,10 @@ s1kernels.unpatch(model)    # as it was
 """
 
 from s1kernels import backends, ops
-from s1kernels.engine import Engine, Sampling
+from s1kernels.engine import Engine
 from s1kernels.patch import PatchReport, engine_of, patch, unpatch
 from s1kernels.registry import BackendError, explain, use_backend
+from s1kernels.sampling import Sampling
 
 __version__ = "0.1.0"
 

@@ -28,9 +28,11 @@ class BuildInfo:
     isa: tuple[str, ...] = ()
     """Instruction sets the CPU kernels were compiled for; which of them runs is chosen at run time."""
     cuda: str = ""
-    """CUDA toolkit that compiled the device code; empty for none."""
+    """Version of the CUDA toolkit that compiled the CUDA kernels into s1kernels._C; empty for none."""
+    cuda_reason: str = ""
+    """Why there are no compiled CUDA kernels; empty if there are. Other providers may serve them all the same."""
     architectures: tuple[str, ...] = ()
-    """GPU architectures of the compiled device code."""
+    """GPU architectures that they were compiled for, such as "8.9" or "12.0+PTX"."""
     torch: str = ""
     """The torch that drove the build. The module links to none: a later torch needs no rebuild."""
     python: str = ""

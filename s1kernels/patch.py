@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s1kernels.engine import FIRST_CAPACITY, Engine, Sampling
+from s1kernels.cache import FIRST_CAPACITY
+from s1kernels.engine import Engine
 from s1kernels.model.config import Line
+from s1kernels.sampling import Sampling
 from s1kernels.upstream import UpstreamCache, read_config, read_weights, require_dual_ar, storage
 
 logger = logging.getLogger("s1kernels")
@@ -60,7 +62,7 @@ class _Patched:
     """One patched model's engine, rebuilt when its weights have moved."""
 
     line: Line
-    backend: str | Mapping[str, str]
+    options: Mapping[str, Any]
     cache: UpstreamCache
     engine: Engine
     storage: list[Any]
@@ -72,20 +74,25 @@ class _Patched:
         now = list(storage(model))
         if now != self.storage:
             config = read_config(model, self.line)
-            self.engine = Engine(config, read_weights(model, config), backend=self.backend, cache=self.cache)
+            self.engine = Engine(config, read_weights(model, config), cache=self.cache, **self.options)
             self.storage = now
         return self.engine
 
 
-def patch(model: Any, *, backend: str | Mapping[str, str] = "auto") -> PatchReport:
+def patch(
+    model: Any, *, backend: str | Mapping[str, str] = "auto", graph: bool = True, constrained: bool = False
+) -> PatchReport:
     """Make an upstream DualAR model decode on s1kernels.
 
     Parameters, state-dict keys and the caches stay the model's own, and weights are not held twice. Prefill by
-    upstream, training and other models in the process are untouched. Patching again applies the new `backend`.
+    upstream, training and other models in the process are untouched. Patching again applies the new options.
 
     Args:
         model: upstream's DualARTransformer of the S1 or the 2.0 line, on its device, in its final dtype.
         backend: "auto", one back end, or {op: back end}; `s1kernels info` lists them.
+        graph: on a GPU, replay a whole frame as one CUDA graph; False runs it op by op.
+        constrained: let the S1 line sample only semantic tokens and the end token (the 2.0 line always does). That
+            reads 8 MB of S1-mini's head instead of 319 MB a frame, and no text token can be drawn by accident.
     Returns:
         What was replaced, what was not and why.
     Raises:
@@ -101,9 +108,10 @@ def patch(model: Any, *, backend: str | Mapping[str, str] = "auto") -> PatchRepo
         config = read_config(model, line)
         weights = read_weights(model, config)
         cache = _PATCHED[model].cache if model in _PATCHED else UpstreamCache(config, model, FIRST_CAPACITY)
-        engine = Engine(config, weights, backend=backend, cache=cache)
+        options = {"backend": backend, "graph": graph, "constrained": constrained}
+        engine = Engine(config, weights, cache=cache, **options)
         result = _result_class(model)
-        _PATCHED[model] = _Patched(line, backend, cache, engine, list(storage(model)), modules, result)
+        _PATCHED[model] = _Patched(line, options, cache, engine, list(storage(model)), modules, result)
         replaced = _install(model, modules)
         if result is None:
             left["forward_generate"] = (
@@ -260,7 +268,8 @@ def _serve_loop(patched: _Patched, model: Any, a: Mapping[str, Any]) -> Any:
     progress = next((vars(module)["tqdm"] for module in patched.modules if "tqdm" in vars(module)), iter)
     codes = [frame for frame, _ in zip(frames, progress(range(count)), strict=False)]
     a["input_pos"].add_(len(codes))
-    return torch.stack(codes, dim=1) if codes else first.new_empty(first.shape[0], 0, dtype=torch.int32)
+    empty = torch.empty(first.shape[0], 0, dtype=torch.int32)
+    return (torch.stack(codes, dim=1) if codes else empty).to(first.device)
 
 
 def _serve_step(patched: _Patched, model: Any, a: Mapping[str, Any]) -> Any:

@@ -27,14 +27,15 @@ OFFSET = 3  # elements by which inputs are moved off any alignment
 
 
 class Make:
-    """Draws a case's tensors: randn + 0.5, scaled, contiguous but cut from larger ones, so that nothing is aligned.
+    """Draws a case's tensors: randn + 0.5, scaled, contiguous but cut from larger ones, so that nothing is aligned
+    (with `offset` 0: aligned as models are).
 
     >>> Make(torch.float32, seed=0)(2, 3).shape
     torch.Size([2, 3])
     """
 
-    def __init__(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> None:
-        self.dtype, self.device = dtype, device
+    def __init__(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0, offset: int = OFFSET) -> None:
+        self.dtype, self.device, self.offset = dtype, device, offset
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
@@ -53,7 +54,7 @@ class Make:
         return torch.tensor(value, dtype=dtype, device=self.device)
 
     def _place(self, values: Tensor) -> Tensor:
-        return clone(values.to(self.device))
+        return clone(values.to(self.device), offset=self.offset)
 
 
 @dataclass(frozen=True)
@@ -98,23 +99,26 @@ def bands_intact(room: Tensor) -> bool:
     return bool(bands.isnan().all() if room.is_floating_point() else (bands == torch.iinfo(room.dtype).min).all())
 
 
-def clone(value: Any, dtype: torch.dtype | None = None) -> Any:
-    """Copies of all tensors in `value` (lists included), off any alignment; floating ones in another dtype if asked."""
+def clone(value: Any, dtype: torch.dtype | None = None, offset: int = OFFSET) -> Any:
+    """Copies of all tensors in `value` (lists included), `offset` elements off any alignment; floating ones in another
+    dtype if asked."""
     if isinstance(value, (list, tuple)):
-        return type(value)(clone(v, dtype) for v in value)
+        return type(value)(clone(v, dtype, offset) for v in value)
     if not isinstance(value, Tensor):
         return value
     dtype = dtype if dtype and value.is_floating_point() else value.dtype
-    room = torch.empty(value.numel() + OFFSET, dtype=dtype, device=value.device)
-    return room[OFFSET:].view(value.shape).copy_(value)
+    room = torch.empty(value.numel() + offset, dtype=dtype, device=value.device)
+    return room[offset:].view(value.shape).copy_(value)
 
 
-def check_op(op: Op, backend: str, case: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Outcome:
-    """Hold one back end of one op to its contract on one case."""
+def check_op(
+    op: Op, backend: str, case: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0, offset: int = OFFSET
+) -> Outcome:
+    """Hold one back end of one op to its contract on one case, with inputs `offset` elements off any alignment."""
     args, truth, own = expected(op.name, case, dtype, device, seed)
     results = []
     for _ in range(2):
-        given = clone(args)
+        given = clone(args, offset=offset)
         rooms = [guarded(t) for t in as_tuple(op.empty(op.checked(*given)))]
         out = tuple(tensor for tensor, _ in rooms)
         with registry.use_backend(backend):

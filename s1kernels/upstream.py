@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s1kernels.engine import KVCache, resized
+from s1kernels.cache import KVCache, resized
 from s1kernels.model.config import DualARConfig, Line, from_upstream
 from s1kernels.model.weights import Weights
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import s1kernels
-from s1kernels.engine import FIRST_CAPACITY, KVCache
+from s1kernels.cache import FIRST_CAPACITY, KVCache
 from s1kernels.model.config import DualARConfig, StackConfig
 from s1kernels.model.weights import Weights
 from s1kernels.testing import rel_error

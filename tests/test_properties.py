@@ -66,6 +66,7 @@ SIZES = {
         dict(B=size(5), J=size(), C=size(), bias=st.booleans(), residual=st.booleans())
     ),
     "qk_norm_rotary_append": st.tuples(heads(even=True), st.booleans()).map(lambda t: t[0] | dict(norm=t[1])),
+    "rms_norm": st.fixed_dictionaries(dict(B=size(9), C=size())),
     "rms_norm_logits": st.fixed_dictionaries(dict(B=size(5), C=size(), V=size())),
     "rms_norm_qkv": st.fixed_dictionaries(dict(B=size(5), C=size(), O=size(), bias=st.booleans())),
     "rms_norm_swiglu": st.fixed_dictionaries(dict(B=size(5), C=size(), F=size())),
@@ -76,6 +77,7 @@ SIZES = {
             penalty=st.floats(0.5, 2, width=32), spread=st.sampled_from([0.02, 1, 9]),
         )
     ),
+    "swiglu": st.fixed_dictionaries(dict(B=size(9), F=size())),
 }  # fmt: skip
 
 
@@ -142,10 +144,12 @@ FREE = {
     "embed_frame": {("tokens", 0), ("text_embedding", 0)},
     "linear_residual": set(),
     "qk_norm_rotary_append": {("cos_sin", 0)},
+    "rms_norm": {("x", 0)},
     "rms_norm_logits": {("x", 0), ("weight", 0)},
     "rms_norm_qkv": {("x", 0)},
     "rms_norm_swiglu": {("x", 0)},
     "sample_token": {("window", 1)},
+    "swiglu": set(),
 }
 """Dimensions that no other argument of the case shares, so that they may be of any size."""
 

@@ -127,15 +127,15 @@ def test_unknown_names_are_refused_with_those_that_exist(backends):
         for choice in (bad, {"linear_residual": bad}):
             with pytest.raises(ValueError, match=f"^{known}'{bad}'$"), use_backend(choice):
                 pass
-    unknown = r"op must be one of \[.*'sample_token'\], got 'rms_norm'"
-    with pytest.raises(ValueError, match=unknown), use_backend({"rms_norm": "reference"}):
+    unknown = r"op must be one of \[.*'swiglu'\], got 'layer_norm'"
+    with pytest.raises(ValueError, match=unknown), use_backend({"layer_norm": "reference"}):
         pass
-    with pytest.raises(ValueError, match=r"op must be one of \[.*\], got 'rms_norm'"):
-        explain("rms_norm", X)
+    with pytest.raises(ValueError, match=r"op must be one of \[.*\], got 'layer_norm'"):
+        explain("layer_norm", X)
     with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
         Engine(*small_model(), backend="cuda12")
     with pytest.raises(ValueError, match="op must be one of"):
-        Engine(*small_model(), backend={"rms_norm": "reference"})
+        Engine(*small_model(), backend={"layer_norm": "reference"})
     call()
     assert backends == ["picky"]
 
@@ -212,7 +212,7 @@ def test_an_implementation_with_other_parameters_is_refused(backends):
             registry.implement("linear_residual", backend="lazy")(wrong)
     assert registry.OPS["linear_residual"].impls == before
     with pytest.raises(KeyError):
-        registry.implement("rms_norm", backend="lazy")(lambda x, out: None)
+        registry.implement("layer_norm", backend="lazy")(lambda x, out: None)
 
 
 def test_arguments_name_what_they_hold():

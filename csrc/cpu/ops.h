@@ -126,6 +126,23 @@ struct RmsNormLogits {
   const void* next;
 };
 
+struct RmsNorm {
+  DType dtype;
+  const void* x;       // [B, C]
+  const void* weight;  // [C]
+  void* out;           // [B, C]
+  int rows, dim;
+  float eps;
+};
+
+struct Swiglu {
+  DType dtype;
+  const void* gate;  // [B, F]
+  const void* up;    // [B, F]
+  void* out;         // [B, F]
+  int rows, intermediate;
+};
+
 struct SampleToken {
   const float* logits;         // [B, V], rows row_stride apart, as those of noise and ras_noise
   const float* noise;          // [B, V]
@@ -151,6 +168,8 @@ struct Kernels {
   void (*linear_residual)(const LinearResidual&, int thread, int threads);
   void (*rms_norm_swiglu)(const RmsNormSwiglu&, int thread, int threads);
   void (*rms_norm_logits)(const RmsNormLogits&, int thread, int threads);
+  void (*rms_norm)(const RmsNorm&, int thread, int threads);
+  void (*swiglu)(const Swiglu&, int thread, int threads);
   void (*sample_token)(const SampleToken&, int thread, int threads);
 };
 

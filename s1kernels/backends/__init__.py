@@ -1,11 +1,12 @@
 """The back ends, and which of them is tried first on which device."""
 
 from s1kernels import ops, registry  # the contracts come before those who fulfil them
-from s1kernels.backends import cpu
+from s1kernels.backends import cpu, cuda
 
 registry.add_backend("reference", lambda: None)
 registry.add_backend("cpu", cpu.available)
+registry.add_backend("cuda", cuda.available)
 
-registry.ORDER.update(cpu=("cpu", "reference"))
+registry.ORDER.update(cpu=("cpu", "reference"), cuda=("cuda", "reference"))
 
-__all__ = ["cpu", "ops"]
+__all__ = ["cpu", "cuda", "ops"]

@@ -111,6 +111,16 @@ def rms_norm_logits(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, 
     )  # fmt: skip
 
 
+@implement("rms_norm", backend="cpu", supports=_supports)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    _C.rms_norm(_NAMES[x.dtype], _at(x), _at(weight), _at(out), *x.shape, eps, torch.get_num_threads())
+
+
+@implement("swiglu", backend="cpu", supports=_supports)
+def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> None:
+    _C.swiglu(_NAMES[gate.dtype], _at(gate), _at(up), _at(out), *gate.shape, torch.get_num_threads())
+
+
 @implement("sample_token", backend="cpu", supports=_supports)
 def sample_token(
     logits: Tensor, noise: Tensor, ras_noise: Tensor | None, window: Tensor | None, ids: Tensor | None,

@@ -17,7 +17,10 @@ from rich.table import Table
 
 import s1kernels
 from s1kernels import registry
+from s1kernels.backends.cuda import cache, driver, nvrtc, providers, sources
+from s1kernels.backends.cuda.device import capability
 from s1kernels.build_info import build_info
+from s1kernels.registry import BackendError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +33,7 @@ def execute(options: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
         return 0
     console = Console()
-    for title in ("platform", "torch", "build"):
+    for title in ("platform", "torch", "build", "cuda"):
         table = Table(title=title, title_justify="left", show_header=False, box=None)
         for name, value in facts[title].items():
             table.add_row(f"  {name}", ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
@@ -53,6 +56,7 @@ def collect() -> dict[str, Any]:
         "platform": platform_facts(),
         "torch": torch_facts(),
         "build": dataclasses.asdict(build_info()),
+        "cuda": cuda_facts(),
         "backends": {name: available() or "available" for name, available in registry.BACKENDS.items()},
         "ops": {device: {op: _refusals(op, device) for op in registry.OPS} for device in registry.ORDER},
     }
@@ -95,6 +99,22 @@ def torch_facts() -> dict[str, Any]:
         "gpus": gpus or ["none"],
         "attention back ends": [name for name, enabled in attention.items() if enabled],
     }
+
+
+def cuda_facts() -> dict[str, Any]:
+    """The NVIDIA driver, the NVRTC that is found first, and who serves the CUDA kernels on each GPU."""
+    facts: dict[str, Any] = {"kernels": providers.unavailable() or "available", "provider": providers.choice()}
+    try:
+        facts["driver"] = "for CUDA {}.{}".format(*driver.driver().version)
+    except BackendError as error:
+        facts["driver"] = str(error)
+    facts["nvrtc"] = str(next(nvrtc.installed(), "none"))
+    facts["sources"], facts["cache"] = str(sources.folder()), str(cache.directory())
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        name = "{} {}: compute capability {}.{}".format(device, torch.cuda.get_device_name(index), *capability(device))
+        facts[name] = [f"{provider}: {why or 'yes'}" for provider, why in providers.available(device).items()]
+    return facts
 
 
 def _refusals(op_name: str, device: str) -> dict[str, str | None]:

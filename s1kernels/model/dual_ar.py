@@ -67,15 +67,17 @@ class DualAR:
     def prefill(self, tokens: Tensor, start: int, k_caches: list[Tensor], v_caches: list[Tensor]) -> None:
         """Write the k and v of one sequence's frames, [T, N+1] from position `start` on, into its caches.
 
-        The framework's matrix products and attention do the work: over many rows they are at their best.
+        Between our ops, the framework's matrix products and attention do the work: over many rows they are at their
+        best.
         """
-        c, w, T = self.config, self.weights, tokens.shape[0]
+        c, w, ops, T = self.config, self.weights, self.ops, tokens.shape[0]
         position = torch.arange(start, start + T, dtype=torch.int32, device=tokens.device)
         mask = None if start == 0 else position[:, None] >= torch.arange(start + T, device=tokens.device)
         x = self.embed(tokens)
         for layer, k_cache, v_cache in zip(w.slow, k_caches, v_caches, strict=True):
-            qkv = F.linear(F.rms_norm(x, x.shape[-1:], layer.attention_norm, c.norm_eps), layer.wqkv, layer.qkv_bias)
-            q = self.ops.qk_norm_rotary_append(
+            n = ops.rms_norm(x, layer.attention_norm, c.norm_eps)
+            qkv = F.linear(n, layer.wqkv, layer.qkv_bias)
+            q = ops.qk_norm_rotary_append(
                 qkv, layer.q_norm, layer.k_norm, w.cos_sin, position, k_cache, v_cache, c.norm_eps
             )
             k, v = (
@@ -86,8 +88,8 @@ class DualAR:
                 q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None
             )
             x = x + F.linear(attended[0].transpose(0, 1).flatten(1), layer.wo, layer.o_bias)
-            n = F.rms_norm(x, x.shape[-1:], layer.ffn_norm, c.norm_eps)
-            x = x + F.linear(F.silu(F.linear(n, layer.w1)) * F.linear(n, layer.w3), layer.w2)
+            n = ops.rms_norm(x, layer.ffn_norm, c.norm_eps)
+            x = x + F.linear(ops.swiglu(F.linear(n, layer.w1), F.linear(n, layer.w3)), layer.w2)
 
     def decode_frame(
         self,

@@ -17,10 +17,12 @@ from s1kernels.ops.decode_frame import decode_frame
 from s1kernels.ops.embed_frame import embed_frame
 from s1kernels.ops.linear_residual import linear_residual
 from s1kernels.ops.qk_norm_rotary_append import qk_norm_rotary_append
+from s1kernels.ops.rms_norm import rms_norm
 from s1kernels.ops.rms_norm_logits import rms_norm_logits
 from s1kernels.ops.rms_norm_qkv import rms_norm_qkv
 from s1kernels.ops.rms_norm_swiglu import rms_norm_swiglu
 from s1kernels.ops.sample_token import sample_token
+from s1kernels.ops.swiglu import swiglu
 
 references = SimpleNamespace(**{name: op.reference for name, op in registry.OPS.items()})
 """The ops' references by name: what `model.dual_ar.DualAR` is made of when it serves as the truth."""
@@ -32,8 +34,10 @@ __all__ = [
     "linear_residual",
     "qk_norm_rotary_append",
     "references",
+    "rms_norm",
     "rms_norm_logits",
     "rms_norm_qkv",
     "rms_norm_swiglu",
     "sample_token",
+    "swiglu",
 ]

@@ -121,7 +121,7 @@ def bytes_moved(args: Arguments) -> int:
 def verdict(args: Arguments, result: Tensor, truth: Tensor) -> Reason:
     """Another token passes only where float32 cannot tell: its score is within 1e-4 of the best, or the nucleus edge is
     within 1e-5 of top_p. Repetition-aware rows must agree."""
-    tokens = torch.arange(args["V"]) if args.ids is None else args.ids
+    tokens = torch.arange(args["V"], device=args.logits.device) if args.ids is None else args.ids
     for b in (result != truth).nonzero().flatten().tolist():
         row = args.logits[b].double()
         if args.window is not None:

@@ -1,0 +1,92 @@
+"""Where a result was measured and with what: every JSON under bench/results carries it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import s1kernels
+from s1kernels.build_info import build_info
+from s1kernels.cli.info import platform_facts
+
+CHOICES = ("S1KERNELS_BACKEND", "S1KERNELS_CUDA_PROVIDER")
+"""Environment variables that change what is measured."""
+
+
+def collect(device: torch.device) -> dict[str, Any]:
+    """The machine, the software and the command, as plain values. Unknown texts are empty."""
+    build = build_info()
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *_arguments()]),
+        "commit": commit(),
+        "s1kernels": s1kernels.__version__,
+        "build": {
+            "native": build.native,
+            "compiler": build.compiler,
+            "cuda": build.cuda,
+            "architectures": list(build.architectures),
+        },
+        "environment": {name: os.environ[name] for name in CHOICES if name in os.environ},
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "platform": platform_facts(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu(device) if device.type == "cuda" else {},
+    }
+
+
+def gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "driver": _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+    }
+
+
+def commit() -> str:
+    """$S1KERNELS_COMMIT, for copies without a history, else what git says; "+" marks changes since."""
+    if "S1KERNELS_COMMIT" in os.environ:
+        return os.environ["S1KERNELS_COMMIT"]
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    head = _first_line([*git, "rev-parse", "HEAD"])
+    return head + "+" * bool(head and _first_line([*git, "status", "--porcelain", "--untracked-files=no"]))
+
+
+def write(path: Path | None, result: dict[str, Any]) -> None:
+    """Write a result as JSON, whole or not at all. A bench that is cut short leaves what it had measured."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def reason(error: BaseException) -> str:
+    """One line that says why something was not measured."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+
+
+def _arguments() -> list[str]:
+    """The command's arguments, files by their names alone."""
+    return [Path(argument).name if os.sep in argument else argument for argument in sys.argv[1:]]
+
+
+def _first_line(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip().partition("\n")[0]

@@ -1,0 +1,82 @@
+"""What NVRTC compiled, kept on disk: in S1KERNELS_CACHE_DIR, else in the user's cache folder.
+
+An entry begins with the SHA-256 of the rest, so that a damaged one is noticed, deleted and made anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import platformdirs
+
+logger = logging.getLogger("s1kernels")
+
+_DIGEST = hashlib.sha256().digest_size
+_warned: set[Path] = set()
+
+
+def directory() -> Path:
+    """%LOCALAPPDATA%\\s1kernels\\Cache on Windows, ~/.cache/s1kernels on Linux."""
+    chosen = os.environ.get("S1KERNELS_CACHE_DIR")
+    return Path(chosen) if chosen else platformdirs.user_cache_path("s1kernels", appauthor=False)
+
+
+def key(*parts: str) -> str:
+    """The name of what was made from these texts."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def load(name: str) -> bytes | None:
+    """What was stored under this name, or None."""
+    path = _path(name)
+    try:
+        entry = path.read_bytes()
+    except OSError:
+        return None
+    digest, data = entry[:_DIGEST], entry[_DIGEST:]
+    if hashlib.sha256(data).digest() == digest:
+        return data
+    logger.warning("the cache entry %s is damaged: it is deleted and made anew", path)
+    with contextlib.suppress(OSError):
+        path.unlink()
+    return None
+
+
+def store(name: str, data: bytes) -> None:
+    """Keep `data`; where nothing can be written, warn once and go on without."""
+    path = _path(name)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(hashlib.sha256(data).digest() + data)
+        _replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            temporary.unlink(missing_ok=True)
+        if path.parent not in _warned:
+            _warned.add(path.parent)
+            advice = "S1KERNELS_CACHE_DIR names another folder"
+            logger.warning("kernels are compiled at every start: %s; %s", error, advice)
+
+
+def _replace(temporary: Path, path: Path, tries: int = 5) -> None:
+    """Put a file in another's place at once. On Windows this fails for as long as another process reads it."""
+    for attempt in range(tries):
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            if attempt == tries - 1:
+                raise
+            time.sleep(0.02 * 2**attempt)
+
+
+def _path(name: str) -> Path:
+    return directory() / f"{name}.cubin"

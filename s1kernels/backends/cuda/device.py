@@ -1,0 +1,36 @@
+"""What the launch path asks torch about a GPU."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+
+def index_of(device: torch.device) -> int:
+    """The device's number; "cuda" alone is the current device."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def current_stream(device: torch.device) -> int:
+    """torch's current stream on the device, as a raw CUstream handle."""
+    return torch._C._cuda_getCurrentRawStream(index_of(device))
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability, such as (8, 9)."""
+    return _capability(index_of(device))
+
+
+def multiprocessors(device: torch.device) -> int:
+    return _multiprocessors(index_of(device))
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count

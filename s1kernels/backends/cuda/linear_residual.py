@@ -1,0 +1,34 @@
+"""linear_residual on CUDA: csrc/cuda/linear_residual.cu."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from s1kernels.backends.cuda.launch import Kernel, Launch
+from s1kernels.backends.cuda.support import SLICE, TILE_ROWS, ceil_div, run, staging, supports, vectorized
+from s1kernels.registry import implement
+
+_FIELDS = {"pointers": "x weight bias residual out", "ints": "rows dim out_dim group"}
+TILES = {loads: Kernel("linear_residual", f"linear_residual_tile{loads}", block=256, **_FIELDS) for loads in (4, 8, 12)}
+PLAIN = Kernel("linear_residual", "linear_residual_plain", block=256, **_FIELDS)
+WARPS = 8
+
+
+def launches(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> list[Launch]:
+    """The op as launches to be enqueued in this order."""
+    (rows, dim), out_dim = x.shape, weight.shape[0]
+    kernel, staged = PLAIN, {"group": 0, "shared": 0}
+    if vectorized(dim, x, weight):
+        each = ceil_div(dim, SLICE * WARPS)  # slices that a warp gets; the fewest loads that hold them at once
+        kernel, staged = TILES[next((n for n in TILES if n >= each), 12)], staging(rows, dim, parts=1)
+    return [
+        kernel.bind(
+            x.dtype, x.device, grid=ceil_div(out_dim, TILE_ROWS), x=x, weight=weight, bias=bias, residual=residual,
+            out=out, rows=rows, dim=dim, out_dim=out_dim, **staged,
+        )
+    ]  # fmt: skip
+
+
+@implement("linear_residual", backend="cuda", supports=supports)
+def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+    run(launches(x, weight, bias, residual, out), x.device)

@@ -1,0 +1,142 @@
+"""NVRTC, NVIDIA's run-time compiler, called through ctypes. It needs no CUDA toolkit and no C++ compiler.
+
+CUDA builds of torch bring it along (a wheel on Linux, in torch\\lib on Windows); `pip install "s1kernels[nvrtc-cu12]"`
+or `[nvrtc-cu13]` adds a newer one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from s1kernels.registry import BackendError
+
+WINDOWS = sys.platform == "win32"
+_BUILTIN_OPERATION_FAILURE = 7
+
+
+@dataclass(frozen=True)
+class Compiled:
+    cubin: bytes
+    log: str
+
+
+class Nvrtc:
+    """A loaded NVRTC."""
+
+    def __init__(self, path: str) -> None:
+        folder = Path(path).parent
+        if folder.is_absolute():
+            if sys.platform == "win32":
+                os.add_dll_directory(str(folder))
+            for builtins in folder.glob("nvrtc-builtins64_*.dll" if WINDOWS else "libnvrtc-builtins.so*"):
+                ctypes.CDLL(str(builtins))  # NVRTC asks for it by its name alone
+        self.path, self._library = path, ctypes.CDLL(path)
+        major, minor, count = c_int(), c_int(), c_int()
+        self._call("nvrtcVersion", byref(major), byref(minor))
+        self._call("nvrtcGetNumSupportedArchs", byref(count))
+        archs = (c_int * count.value)()
+        self._call("nvrtcGetSupportedArchs", archs)
+        self.version, self.archs = (major.value, minor.value), tuple(archs)
+
+    def __str__(self) -> str:
+        return f"NVRTC {self.version[0]}.{self.version[1]} ({self.path})"
+
+    def target(self, capability: tuple[int, int]) -> int | None:
+        """The architecture to compile for, such as 89: a GPU runs code of its own or a lower minor version."""
+        wanted = capability[0] * 10 + capability[1]
+        return max((arch for arch in self.archs if wanted // 10 * 10 <= arch <= wanted), default=None)
+
+    def compile(self, text: str, name: str, options: list[str]) -> Compiled:
+        """Compile device code. Raises RuntimeError with the compiler's messages."""
+        program, size = c_void_p(), c_size_t()
+        self._call(
+            "nvrtcCreateProgram", byref(program), c_char_p(text.encode()), c_char_p(name.encode()), 0, None, None
+        )
+        try:
+            given = (c_char_p * len(options))(*(option.encode() for option in options))
+            result = self._library.nvrtcCompileProgram(program, len(options), given)
+            self._call("nvrtcGetProgramLogSize", program, byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            self._call("nvrtcGetProgramLog", program, log)
+            messages = log.value.decode(errors="replace").strip()
+            if result == _BUILTIN_OPERATION_FAILURE:
+                advice = "its nvrtc-builtins library is missing or of another version: reinstall the package it is from"
+                raise BackendError(f"{self} cannot compile: {advice} ({messages})")
+            if result:
+                raise RuntimeError(f"{self} cannot compile {name} ({self._describe(result)}):\n{messages}")
+            self._call("nvrtcGetCUBINSize", program, byref(size))
+            cubin = ctypes.create_string_buffer(size.value)
+            self._call("nvrtcGetCUBIN", program, cubin)
+            return Compiled(cubin.raw, messages)
+        finally:
+            self._library.nvrtcDestroyProgram(byref(program))
+
+    def _call(self, function: str, *args: object) -> None:
+        if result := getattr(self._library, function)(*args):
+            raise RuntimeError(f"{self.path}: {function}: {self._describe(result)}")
+
+    def _describe(self, result: int) -> str:
+        self._library.nvrtcGetErrorString.restype = c_char_p
+        return self._library.nvrtcGetErrorString(result).decode()
+
+
+def folders() -> Iterator[Path]:
+    """Where NVRTC may be, the likeliest first."""
+    if torch := find_spec("torch"):
+        yield Path(str(torch.origin)).parent / "lib"
+    nvidia = find_spec("nvidia")
+    for base in (nvidia and nvidia.submodule_search_locations) or ():  # NVIDIA's wheels
+        for pattern in ("cuda_nvrtc/lib", "cuda_nvrtc/bin", "cu[0-9]*/lib", "cu[0-9]*/bin", "cu[0-9]*/bin/x86_64"):
+            yield from sorted(Path(base).glob(pattern), reverse=True)
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), None if WINDOWS else "/usr/local/cuda"]
+    for home in filter(None, homes):
+        yield from (Path(home, name) for name in ("lib64", "lib", "bin", "bin/x64"))
+
+
+def candidates() -> Iterator[str]:
+    """The libraries that may be NVRTC, and last the names that the system's loader is asked for."""
+    pattern = "nvrtc64_*_0.dll" if WINDOWS else "libnvrtc.so*"
+    for folder in folders():
+        yield from map(str, sorted(folder.glob(pattern), reverse=True))
+    yield from ("nvrtc64_130_0.dll", "nvrtc64_120_0.dll") if WINDOWS else ("libnvrtc.so.13", "libnvrtc.so.12")
+
+
+@cache
+def load(path: str) -> Nvrtc | None:
+    """The NVRTC at `path`, or None if there is none that loads."""
+    try:
+        return Nvrtc(path)
+    except (OSError, AttributeError):  # not there, or older than CUDA 11.2
+        return None
+
+
+def installed() -> Iterator[Nvrtc]:
+    """Every NVRTC that loads here, one of a version."""
+    seen = set()
+    for nvrtc in filter(None, map(load, candidates())):
+        if nvrtc.version not in seen:
+            seen.add(nvrtc.version)
+            yield nvrtc
+
+
+def nvrtc_for(capability: tuple[int, int], driver: tuple[int, int] | None = None) -> Nvrtc:
+    """The NVRTC that compiles for a GPU, for a driver of that CUDA version. Raises BackendError if there is none."""
+    reasons = []
+    for nvrtc in installed():
+        if nvrtc.target(capability) is None:
+            reasons.append(f"{nvrtc} cannot compile for sm_{capability[0]}{capability[1]}")
+        elif driver and nvrtc.version[0] > driver[0]:
+            reasons.append(f"what {nvrtc} compiles does not load into a driver for CUDA {driver[0]}")
+        else:
+            return nvrtc
+    fitting = [major for major in (12, 13) if not driver or major == min(driver[0], 13)]
+    advice = " or ".join(f'pip install --upgrade "s1kernels[nvrtc-cu{major}]"' for major in fitting)
+    raise BackendError(f"{'; '.join(reasons) or 'NVRTC is not installed'}; {advice}")

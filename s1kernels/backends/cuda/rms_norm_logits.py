@@ -1,0 +1,44 @@
+"""rms_norm_logits on CUDA: csrc/cuda/rms_norm_logits.cu."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from s1kernels.backends.cuda.launch import Kernel, Launch, multiprocessors
+from s1kernels.backends.cuda.support import ceil_div, run, staging, supports, vectorized
+from s1kernels.registry import implement
+
+_FIELDS = {
+    "pointers": "x norm_weight weight logits normed",
+    "ints": "rows dim out_dim group x_stride logits_stride",
+    "floats": "eps",
+}
+TILE = Kernel("rms_norm_logits", "rms_norm_logits_tile", block=256, **_FIELDS)
+STREAM = Kernel("rms_norm_logits", "rms_norm_logits_stream", block=256, **_FIELDS)
+PLAIN = Kernel("rms_norm_logits", "rms_norm_logits_plain", block=256, **_FIELDS)
+
+
+def launches(
+    x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, logits: Tensor, normed: Tensor | None
+) -> list[Launch]:
+    """The op as launches to be enqueued in this order. Rows of `x` and `logits` may be further apart than their length."""
+    (rows, dim), out_dim = x.shape, weight.shape[0]
+    kernel, grid, staged = PLAIN, ceil_div(out_dim, 8), {"group": 0, "shared": 0}
+    if vectorized(dim, x, norm_weight, weight) and x.stride(0) % 8 == 0:
+        staged = staging(rows, dim, parts=2)
+        blocks = 2 * multiprocessors(x.device)
+        kernel, grid = TILE, ceil_div(out_dim, 16)
+        if grid > 2 * blocks:  # more than are resident at once: stream
+            kernel, grid = STREAM, blocks
+    return [
+        kernel.bind(
+            x.dtype, x.device, grid=grid, x=x, norm_weight=norm_weight, weight=weight, logits=logits, normed=normed,
+            rows=rows, dim=dim, out_dim=out_dim, x_stride=x.stride(0), logits_stride=logits.stride(0), eps=eps,
+            **staged,
+        )
+    ]  # fmt: skip
+
+
+@implement("rms_norm_logits", backend="cuda", supports=supports)
+def rms_norm_logits(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, out: tuple[Tensor, Tensor]) -> None:
+    run(launches(x, norm_weight, weight, eps, *out), x.device)

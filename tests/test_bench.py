@@ -1,0 +1,76 @@
+"""The benches run end to end on a CPU, on a small model, and say why they leave out what needs a GPU."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from s1kernels.cli import demo
+
+TINY = dict(
+    vocab_size=4500, n_layer=2, dim=64, n_head=4, n_local_heads=2, head_dim=16, intermediate_size=96, n_fast_layer=1,
+    fast_dim=64, fast_n_head=4, fast_n_local_heads=2, fast_head_dim=16, fast_intermediate_size=96,
+)  # fmt: skip
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """A module of bench/, by name, on a model that takes no time."""
+    monkeypatch.setattr(demo, "SMALL", demo.SMALL | TINY)
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module
+
+
+def run_frame(bench, monkeypatch, path, *arguments):
+    command = ["bench_frame.py", "--device", "cpu", "--small", "--skip-compiled", "--json", str(path), *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setenv("COLUMNS", "200")
+    bench("bench_frame").main()
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_bench_frame_side_by_side(bench, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("S1KERNELS_COMMIT", "0123abc")
+    result = run_frame(bench, monkeypatch, tmp_path / "out" / "frame.json", "--cache", "64", "32")
+    rows = {(row["name"], row["rows"], row["cache"]): row for row in result["rows"]}
+    assert set(rows) == {
+        ("upstream eager", "all", 64), ("upstream eager", "all", 32), ("upstream compiled", "all", 64),
+        ("s1kernels", "all", 64), ("s1kernels graph", "all", 64), ("s1kernels graph", "semantic", 64),
+    }  # fmt: skip
+    eager, ours = rows["upstream eager", "all", 64], rows["s1kernels", "all", 64]
+    for row in (eager, ours, rows["upstream eager", "all", 32]):
+        assert "refused" not in row and row["fastest"] <= row["seconds_per_frame"] <= row["slowest"]
+        assert len(row["rounds"]) == 2 and row["bytes_per_frame"] > 5e5
+        assert row["times_real_time"] == pytest.approx(2048 / 44100 / row["seconds_per_frame"])
+    assert ours["logit_error"] <= ours["upstream_logit_error"] == eager["logit_error"] < 0.05
+    assert ours["times_faster_than"]["upstream eager, cache 64"] == pytest.approx(
+        eager["seconds_per_frame"] / ours["seconds_per_frame"]
+    )
+    assert "--skip-compiled" in rows["upstream compiled", "all", 64]["refused"]
+    assert "CUDA" in rows["s1kernels graph", "semantic", 64]["refused"]
+    assert result["patch_to_first_frame"]["cpu"]["patch_to_first_frame"] > 0
+    origin = result["provenance"]
+    assert origin["commit"] == "0123abc" and origin["torch"] == torch.__version__
+    assert origin["command"].endswith("--json frame.json --cache 64 32")
+    table = capsys.readouterr().out
+    for text in ("ms/frame", "upstream eager", "s1kernels graph", "% of reads", "needs a CUDA device"):
+        assert text in table
+
+
+def test_bench_frame_refuses_what_is_less_accurate(bench, monkeypatch, tmp_path):
+    """No number for logits that are worse than upstream's."""
+    yardstick, frame = bench("yardstick"), bench("bench_frame")
+    honest = yardstick.forced_logits
+
+    def wrong(model, engine, prompt):
+        return honest(model, engine, prompt) * (1 if engine is None else 1.5)
+
+    monkeypatch.setattr(frame, "forced_logits", wrong)
+    monkeypatch.setattr(frame.Bench, "startup", lambda self, cache: {})
+    result = run_frame(bench, monkeypatch, tmp_path / "frame.json")
+    row = next(row for row in result["rows"] if row["name"] == "s1kernels")
+    assert "is larger than upstream's" in row["refused"] and "seconds_per_frame" not in row
