@@ -39,6 +39,7 @@ from s1kernels.backends.cuda import providers
 from s1kernels.cli import demo
 
 REPLAYS = 100
+PATIENCE = 120  # seconds for a process that speaks its first frame
 SAMPLING = {"temperature": 0.7, "top_p": 0.7, "repetition_penalty": 1.2}
 END = 0  # what demo's tokenizer calls the end token
 ERROR_FLOOR = 1e-5  # what float32 leaves open
@@ -202,6 +203,8 @@ class Bench:
             for _ in range(self.options.rounds):
                 short, long = (self.speak(model, yardstick.prompt, count, step) for count in (few, many))
                 rounds.append((long - short) / contender.frames)
+            if min(rounds) <= 0:
+                raise RuntimeError(f"{contender.frames} frames more took no longer: too few for this machine's noise")
             row |= {"frames": contender.frames, "seconds_per_frame": statistics.median(rounds), "rounds": rounds}
             row |= {"fastest": min(rounds), "slowest": max(rounds)}
             if engine is not None:
@@ -329,7 +332,13 @@ class Bench:
             cold = {"S1KERNELS_CUDA_PROVIDER": "nvrtc", "S1KERNELS_CACHE_DIR": empty}
             ways = {"compiled": {"S1KERNELS_CUDA_PROVIDER": "compiled"}, "nvrtc, cold": cold, "nvrtc, warm": cold}
             for name, environment in ways.items() if self.cuda else [(self.device.type, {})]:
-                done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+                try:
+                    done = subprocess.run(
+                        command, capture_output=True, text=True, env=os.environ | environment, timeout=PATIENCE
+                    )
+                except subprocess.TimeoutExpired:
+                    times[name] = {"refused": f"it took more than {PATIENCE} s"}
+                    continue
                 lines = (done.stderr if done.returncode else done.stdout).strip().splitlines() or ["no output"]
                 times[name] = {"refused": lines[-1]} if done.returncode else json.loads(lines[-1])
                 self.console.print(f"patch to first frame, {name}: {times[name]}")

@@ -27,6 +27,30 @@ from s1kernels.build_info import build_info, source_tree_notice
 ROOT = Path(__file__).parents[1]
 OUTER = str(Path(torch.__file__).parents[1])
 STUB = '#include <pybind11/pybind11.h>\nPYBIND11_MODULE(_C, m) { m.attr("stub") = true; }\n'
+CUDA_STUB = """
+#include "device/convert.cuh"
+struct StubArgs {
+  float* out;  // [1]
+};
+template <class T>
+__device__ void stub(const StubArgs& args) {
+  *args.out = s1::rounded<T>(1.0f / 3.0f);
+}
+S1_KERNEL(stub, StubArgs, 1, 1, stub)
+"""
+MODULE_WITH_CUDA = """
+#include <pybind11/pybind11.h>
+namespace s1 {
+void bind_cuda(pybind11::module_& m);
+}
+PYBIND11_MODULE(_C, m) { s1::bind_cuda(m); }
+"""
+LOAD_ALONE = """
+import glob, importlib.util as u
+spec = u.spec_from_file_location("_C", glob.glob("s1kernels/_C.*[od]")[0])
+spec.loader.exec_module(_C := u.module_from_spec(spec))
+""".strip()  # the package is not the one that it was made for
+STUBS = ["stub_bfloat16", "stub_float16", "stub_float32"]
 NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
 USE_NATIVE = """
 import torch, s1kernels, s1kernels.ops, s1kernels._C
@@ -85,8 +109,28 @@ def compile_fast(tree: Path) -> None:
 def use_stub(tree: Path, code: str = STUB) -> None:
     """Replace the native sources by one small file."""
     config = json.loads(tree.joinpath("csrc/build.json").read_text())
+    config |= {"sources": ["csrc/stub.cpp"], "cuda": config["cuda"] | {"sources": []}}
     tree.joinpath("csrc/stub.cpp").write_text(code)
-    tree.joinpath("csrc/build.json").write_text(json.dumps(config | {"sources": ["csrc/stub.cpp"]}))
+    tree.joinpath("csrc/build.json").write_text(json.dumps(config))
+
+
+def use_cuda_stub(tree: Path) -> None:
+    """Replace them by one small kernel and what finds and launches it."""
+    use_stub(tree, MODULE_WITH_CUDA)
+    config = json.loads(tree.joinpath("csrc/build.json").read_text())
+    config["sources"] += [f"csrc/cuda/{name}.cpp" for name in ("bindings", "kernel_table", "launcher")]
+    config["cuda"]["sources"] = ["csrc/cuda/stub.cu"]
+    tree.joinpath("csrc/cuda/stub.cu").write_text(CUDA_STUB)
+    tree.joinpath("csrc/build.json").write_text(json.dumps(config))
+
+
+def toolkit() -> str | None:
+    """A folder with nvcc and CUDA's headers."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    return next((home for home in homes if home and Path(home, "include/cuda_runtime_api.h").exists()), None)
+
+
+needs_toolkit = pytest.mark.skipif(toolkit() is None, reason="there is no CUDA toolkit")
 
 
 def test_the_installed_package_is_tested() -> None:
@@ -127,10 +171,11 @@ def test_every_native_source_is_listed() -> None:
 def test_with_torch_and_compiler_the_module_is_native(tree: Path, tmp_path: Path) -> None:
     compile_fast(tree)
     fresh = FreshEnvironment(tmp_path / "venv", with_torch=True)
-    result = fresh.pip(tree)
+    result = fresh.pip(tree, S1KERNELS_BUILD="cpu")
     assert result.returncode == 0, result.stdout + result.stderr
     info = fresh.installed_info()
     assert info["native"] and not info["reason"]
+    assert not info["cuda"] and info["cuda_reason"] == "left out by S1KERNELS_BUILD=cpu"
     assert info["torch"] == torch.__version__
     assert info["compiler"] and info["flags"] and "scalar" in info["isa"]
     assert Path(fresh.run(USE_NATIVE)).is_relative_to(fresh.site)
@@ -166,6 +211,57 @@ def test_without_it_is_pure_and_says_so(
 
 
 @pytest.mark.build
+@needs_toolkit
+def test_cuda_kernels_are_compiled_for_the_architectures_asked_for(tree: Path, tmp_path: Path) -> None:
+    use_cuda_stub(tree)
+    fresh = FreshEnvironment(tmp_path / "venv", with_torch=True)
+    env = {"S1KERNELS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "7.5 8.6;9.0+PTX", "CUDA_HOME": str(toolkit())}
+    result = fresh.pip("--verbose", tree, **env)
+    assert result.returncode == 0, result.stdout + result.stderr
+    info = fresh.installed_info()
+    assert info["architectures"] == ["7.5", "8.6", "9.0+PTX"]
+    assert re.fullmatch(r"\d+\.\d+", info["cuda"]) and not info["cuda_reason"]
+    said = f"native, built by .*; CUDA kernels compiled by {info['cuda']} for 7.5, 8.6, 9.0\\+PTX"
+    assert re.search(said, result.stdout + result.stderr)
+    for code in ("compute_75,code=[sm_75]", "compute_86,code=[sm_86]", "compute_90,code=[sm_90,compute_90]"):
+        assert f"-gencode=arch={code}" in result.stdout + result.stderr
+    assert fresh.run(f"{LOAD_ALONE}\nprint(_C.cuda_kernels())") == str(STUBS)
+    shipped = {path.name for path in fresh.site.glob("s1kernels/csrc/cuda/**/*.*")}
+    assert {"stub.cu", "kernel.cuh"} <= shipped and not [name for name in shipped if name.endswith((".cpp", ".h"))]
+
+
+@pytest.mark.build
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        pytest.param(
+            {"CUDA_HOME": "/nonexistent"}, "no CUDA toolkit in /nonexistent (install one, or", id="no toolkit"
+        ),
+        pytest.param(NO_COMPILER, "no working C++17 compiler", id="no compiler"),
+        pytest.param(
+            {"TORCH_CUDA_ARCH_LIST": "Ampere 7.0", "CUDA_HOME": str(toolkit())},
+            "not for Ampere, 7.0 (see TORCH_CUDA_ARCH_LIST)",
+            marks=needs_toolkit,
+            id="unknown architectures",
+        ),
+    ],
+)
+def test_cuda_that_cannot_be_built_is_an_error_if_asked_for(
+    tree: Path, tmp_path: Path, env: dict[str, str], said: str
+) -> None:
+    result = FreshEnvironment(tmp_path / "venv", with_torch=True).pip(tree, S1KERNELS_BUILD="cuda", **env)
+    assert result.returncode != 0
+    assert re.search(f"S1KERNELS_BUILD=cuda cannot be met: .*{re.escape(said)}", result.stdout + result.stderr)
+
+
+@pytest.mark.build
+def test_an_unknown_wish_is_an_error(tree: Path, tmp_path: Path) -> None:
+    result = FreshEnvironment(tmp_path / "venv", with_torch=True).pip(tree, S1KERNELS_BUILD="gpu")
+    assert result.returncode != 0
+    assert "S1KERNELS_BUILD must be auto, cuda, cpu or none, got 'gpu'" in result.stdout + result.stderr
+
+
+@pytest.mark.build
 def test_sources_that_do_not_compile_are_an_error(tree: Path, tmp_path: Path) -> None:
     use_stub(tree, "#error the text of the compiler\n")
     result = FreshEnvironment(tmp_path / "venv", with_torch=True).pip(tree)
@@ -179,7 +275,11 @@ def test_editable_install_is_native(tree: Path, tmp_path: Path) -> None:
     fresh = FreshEnvironment(tmp_path / "venv", with_torch=True)
     result = fresh.pip("--editable", tree)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert json.loads(tree.joinpath("s1kernels/_build_info.json").read_text())["native"]
+    info = json.loads(tree.joinpath("s1kernels/_build_info.json").read_text())
+    assert info["native"]
+    if not torch.cuda.is_available():
+        assert "torch finds no NVIDIA GPU here" in info["cuda_reason"]
+    assert not tree.joinpath("s1kernels/csrc").exists()  # the sources are beside the package
     assert list(tree.glob("s1kernels/_C.*[od]"))
     code = f"import sys, importlib.util as u; sys.path.remove({OUTER!r}); print(u.find_spec('s1kernels').origin)"
     assert Path(fresh.run(code)) == tree / "s1kernels/__init__.py"
@@ -200,6 +300,22 @@ def test_cmake_builds_the_same_module(tmp_path: Path) -> None:
     said = subprocess.check_output([sys.executable, "-c", code], env=env, cwd=tmp_path, text=True)
     assert said.startswith(str(tmp_path))
     assert str(sorted(dir(importlib.import_module("s1kernels._C")))) in said
+
+
+@pytest.mark.build
+@needs_toolkit
+def test_cmake_builds_cuda_kernels(tree: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    if not shutil.which("cmake"):
+        pytest.skip("cmake is not on PATH")
+    use_cuda_stub(tree)
+    settings = [f"-DPython_EXECUTABLE={sys.executable}", "-DS1KERNELS_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=90"]
+    env = environment(CUDACXX=f"{toolkit()}/bin/nvcc")
+    subprocess.run(["cmake", "-S", tree, "-B", tmp_path / "build", *settings], check=True, env=env)
+    subprocess.run(["cmake", "--build", tmp_path / "build"], check=True)
+    code = "import _C; print(_C.cuda_kernels())"
+    env = environment(PYTHONPATH=str(tmp_path / "build"))
+    assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip() == str(STUBS)
 
 
 @pytest.mark.build

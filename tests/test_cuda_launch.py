@@ -104,18 +104,21 @@ int cuLaunchKernelEx(const Config* c, u64 function, void** params, void** extra)
 }
 """
 
-# Runs in a process of its own: {argument} is the source folder, then comes what to do with `kernel`.
+# Runs in a process of its own, before what is to be done with `kernel`. NVRTC stays out: it calls the driver too.
 PRELUDE = """
-import sys, torch
-from pathlib import Path
+import os, sys, torch
+from types import SimpleNamespace
 from s1kernels.backends.cuda import device, launch, providers, sources
 from s1kernels.backends.cuda.launch import Kernel
-folder, capability, native = sys.argv[1], eval(sys.argv[2]), sys.argv[3] == "_C"
-sources.folder = lambda: Path(folder)
+capability = 9, 0
+if sys.argv[1] != "_C": launch._C = None
 device._capability = lambda index: capability
 torch.cuda.init = lambda: None
 torch.cuda.get_device_name = lambda index: "fake"
-if not native: launch._C = None
+sources.source = lambda name: None
+providers._nvrtc_refusal = lambda arch: None
+providers.nvrtc.nvrtc_for = lambda arch, driver: SimpleNamespace(target=lambda arch: 90)
+providers.compile_cubin = lambda *given: b"\\x7fELF"
 kernel = Kernel("scale", "scale", block=256, pointers="x out", ints="n", floats="factor")
 half, cuda = torch.float16, torch.device("cuda", 1)
 values = dict(x=1 << 40, out=None, n=-5, factor=0.5)
@@ -155,15 +158,14 @@ def fake_driver(tmp_path_factory):
 
 
 @pytest.fixture(params=["ctypes", "_C"])
-def calls(request, fake_driver, scale_folder, tmp_path):
+def calls(request, fake_driver, tmp_path):
     """Runs Python code after the prelude; gives what the driver and the code printed."""
     if request.param == "_C" and _C is None:
         pytest.skip("s1kernels._C was not built")
 
-    def run(code, capability=(9, 0), **env):
-        env = os.environ | {"LD_LIBRARY_PATH": str(fake_driver), "S1KERNELS_CACHE_DIR": str(tmp_path), **env}
-        env["S1KERNELS_CUDA_PROVIDER"] = "nvrtc"
-        command = [sys.executable, "-c", PRELUDE + code, str(scale_folder), str(capability), request.param]
+    def run(code, **env):
+        env = os.environ | {"LD_LIBRARY_PATH": str(fake_driver), "S1KERNELS_CUDA_PROVIDER": "nvrtc"} | env
+        command = [sys.executable, "-c", PRELUDE + code, request.param]
         done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
@@ -183,24 +185,14 @@ def test_a_launch_passes_everything_to_the_driver(calls):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("capability", "version", "pdl", "attributes"),
-    [
-        ((9, 0), 13000, True, [[6, 1]]),
-        ((9, 0), 13000, False, []),
-        ((8, 9), 13000, True, []),
-        ((9, 0), 12020, True, []),  # the driver must be of 12.3
-    ],
-)
-def test_programmatic_launches_where_gpu_and_driver_can(calls, capability, version, pdl, attributes):
-    code = f"""
-providers._nvrtc_refusal = lambda arch: None  # a driver for CUDA 12 wants an NVRTC of 12
-find = providers.nvrtc.nvrtc_for
-providers.nvrtc.nvrtc_for = lambda arch, driver: find(arch)
-kernel.bind(half, cuda, grid=1, pdl={pdl}, **values).enqueue(0)
+@pytest.mark.parametrize(("version", "expected"), [(13000, [[], [[6, 1]], []]), (12020, [[], [], []])])
+def test_programmatic_launches_where_gpu_and_driver_can(calls, version, expected):
+    code = """
+for capability, pdl in ((8, 9), True), ((9, 0), True), ((9, 0), False):
+    kernel.bind(half, cuda, grid=1, pdl=pdl, **values).enqueue(0)
 """
-    *_, launched = calls(code, capability, FAKE_VERSION=str(version))
-    assert launched["attributes"] == attributes
+    launched = [line for line in calls(code, FAKE_VERSION=str(version)) if "grid" in line]
+    assert [line["attributes"] for line in launched] == expected  # the driver must be of CUDA 12.3
 
 
 def test_shared_memory_beyond_48_kb_is_asked_for_once(calls):
@@ -214,19 +206,18 @@ attempt(lambda: kernel.bind(half, cuda, grid=1, shared=200000, **values))
     assert "200000 bytes of shared memory, where a block has 100000 at most: FAKE_ERROR (a fake error)" in said[-1]
 
 
-@pytest.mark.parametrize(
-    ("result", "said"),
-    [
-        (1, "FAKE_ERROR (a fake error); please report this with the output of `s1kernels info`"),
-        (700, "an earlier kernel failed: set CUDA_LAUNCH_BLOCKING=1"),
-        (9999, "unknown error (9999)"),
-    ],
-)
-def test_a_failed_launch_names_kernel_sizes_and_error(calls, result, said):
-    code = "attempt(lambda: kernel.bind(half, cuda, grid=5, shared=64, **values).enqueue(0))"
-    error = calls(code, FAKE_RESULT=str(result))[-1]
-    assert "RuntimeError: kernel scale_float16, grid 5x1x1, block 256x1x1, 64 bytes of shared memory: " in error
-    assert said in error
+def test_a_failed_launch_names_kernel_sizes_and_error(calls):
+    code = """
+for result in "1", "700", "9999":
+    os.environ["FAKE_RESULT"] = result
+    attempt(lambda: kernel.bind(half, cuda, grid=5, shared=64, **values).enqueue(0))
+"""
+    said = [line for line in calls(code) if isinstance(line, str)]
+    begin = "RuntimeError: kernel scale_float16, grid 5x1x1, block 256x1x1, 64 bytes of shared memory: "
+    assert all(begin in line for line in said)
+    assert "FAKE_ERROR (a fake error); please report this with the output of `s1kernels info`" in said[0]
+    assert "an earlier kernel failed: set CUDA_LAUNCH_BLOCKING=1" in said[1]
+    assert "unknown error (9999)" in said[2]
 
 
 def test_a_kernel_that_is_not_there_or_takes_other_arguments_is_refused(calls):

@@ -35,58 +35,93 @@ struct AttentionDecodeArgs {
   int kv_heads;               // G
   int head_dim;               // D
   int capacity;               // S
-  int splits;
-  int ahead;   // 1 if `length` holds positions, 0 if it holds lengths
+  int splits;                 // at most kMostSplits
+  int ahead;                  // 1 if `length` holds positions, 0 if it holds lengths
   int append;
   float eps;
 };
 
 constexpr int kAttentionWarps = 8;
+constexpr int kMostSplits = 64;
 
-// Position `index` of the new row: k rotated and normalised, written to the cache with v; both are returned.
+// A block's part of the positions of one head, and what of it a lane has loaded.
+template <class T, int kDim>
+struct Positions {
+  using Head = HeadLanes<kDim>;
+  static constexpr int kStep = kAttentionWarps * Head::kSlots;  // positions that the block reads with one load a lane
+  static constexpr int kLoads = 2;
+  static constexpr int kBlock = kLoads * kStep;
+
+  T* k_row;
+  T* v_row;
+  int end, stored;  // positions before `stored` are in the cache
+  Vec16 k[kLoads], v[kLoads];
+
+  static __device__ __forceinline__ int of(int start, int i) {
+    return start + i * kStep + warp_id() * Head::kSlots + Head::slot();
+  }
+  __device__ __forceinline__ void load(int start) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int64 at = static_cast<int64>(of(start, i)) * kDim + Head::column();
+      if (of(start, i) >= stored) continue;
+      k[i] = load_vec(k_row + at);
+      v[i] = load_vec(v_row + at);
+    }
+  }
+};
+
+// k of the new position, normalised and rotated, and v: into the cache, and into the registers of the lanes that will
+// want them. One warp of one block has it among its positions.
 template <class T, int kDim>
 __device__ __forceinline__ void append_position(const AttentionDecodeArgs& a, const T* qkv, int g, int position,
-                                                const Vec16& norm, const Vec16& angles, bool mine, T* k_row, T* v_row,
-                                                Vec16* k, Vec16* v) {
-  const int column = HeadLanes<kDim>::column();
-  const Vec16 raw = load_vec(qkv + (a.heads + g) * kDim + column);
-  const Vec16 rotated = norm_rotary<T, kDim>(raw, a.k_norm_weight != nullptr, norm, angles, a.eps);
-  if (!mine) return;
-  *k = rotated;
-  *v = load_vec(qkv + (a.heads + a.kv_heads + g) * kDim + column);
-  store_vec(k_row + static_cast<int64>(position) * kDim + column, *k);
-  store_vec(v_row + static_cast<int64>(position) * kDim + column, *v);
+                                                int start, const Vec16& norm, const Vec16& angles,
+                                                Positions<T, kDim>& p) {
+  using Head = HeadLanes<kDim>;
+  const int column = Head::column();
+#pragma unroll
+  for (int i = 0; i < p.kLoads; ++i) {
+    const int first = p.of(start, i) - Head::slot();
+    if (position < first || position >= first + Head::kSlots) continue;  // the same in the whole warp
+    const Vec16 k = norm_rotary<T, kDim>(load_vec(qkv + (a.heads + g) * kDim + column), a.k_norm_weight != nullptr,
+                                         norm, angles, a.eps);
+    const Vec16 v = load_vec(qkv + (a.heads + a.kv_heads + g) * kDim + column);
+    if (first + Head::slot() != position) continue;
+    p.k[i] = k;
+    p.v[i] = v;
+    store_vec(p.k_row + static_cast<int64>(position) * kDim + column, k);
+    store_vec(p.v_row + static_cast<int64>(position) * kDim + column, v);
+  }
 }
 
 template <class T, int kDim, int kGroup>
 __device__ __forceinline__ void attention_decode_split(const AttentionDecodeArgs& a) {
   using Head = HeadLanes<kDim>;
-  constexpr int kPositions = kAttentionWarps * Head::kSlots;  // that the block reads at once
+  using Part = Positions<T, kDim>;
   constexpr int kItem = kDim + 2;
   __shared__ float merged[kAttentionWarps][kGroup][kItem];
+  __shared__ float parts[kMostSplits][kGroup][2];  // total and top
   __shared__ bool last_block;
   launch_next();
   const int g = blockIdx.y, b = blockIdx.z, split = blockIdx.x, column = Head::column();
   if (!a.append) wait_for_inputs();
   const int length = a.length[b] + a.ahead;
   const bool valid = length >= 1 && length <= a.capacity;
-  const int chunk = ceil_div(ceil_div(length, a.splits), kPositions) * kPositions;
-  const int begin = split * chunk, end = min(begin + chunk, length);
+  const int chunk = ceil_div(ceil_div(length, a.splits), Part::kStep) * Part::kStep;
+  const int begin = split * chunk;
   const int used = valid ? ceil_div(length, chunk) : 1;
   if (split >= used) {
     if (a.append) wait_for_inputs();
     return;
   }
   const int64 cache = (static_cast<int64>(b / (a.rows / a.caches)) * a.kv_heads + g) * a.capacity * kDim;
-  T* k_row = static_cast<T*>(a.k_cache) + cache;
-  T* v_row = static_cast<T*>(a.v_cache) + cache;
-  const int stored = valid ? min(end, length - (a.append ? 1 : 0)) : 0;  // positions before this one are in the cache
-  const int first = begin + warp_id() * Head::kSlots + Head::slot();
-  Vec16 k{}, v{}, q_norm{}, k_norm{}, angles{};
-  if (first < stored) {
-    k = load_vec(k_row + static_cast<int64>(first) * kDim + column);
-    v = load_vec(v_row + static_cast<int64>(first) * kDim + column);
-  }
+  Part p;
+  p.k_row = static_cast<T*>(a.k_cache) + cache;
+  p.v_row = static_cast<T*>(a.v_cache) + cache;
+  p.end = valid ? min(begin + chunk, length) : 0;
+  p.stored = min(p.end, length - a.append);
+  p.load(begin);
+  Vec16 q_norm{}, k_norm{}, angles{};
   if (a.append && valid) {
     if (a.q_norm_weight) q_norm = load_weight(static_cast<const T*>(a.q_norm_weight) + column);
     if (a.k_norm_weight) k_norm = load_weight(static_cast<const T*>(a.k_norm_weight) + column);
@@ -108,22 +143,22 @@ __device__ __forceinline__ void attention_decode_split(const AttentionDecodeArgs
   SoftmaxSum sums[kGroup];
 #pragma unroll
   for (int h = 0; h < kGroup; ++h) sums[h].clear();
-  for (int p0 = begin; p0 < end; p0 += kPositions) {
-    const int p = p0 + warp_id() * Head::kSlots + Head::slot();
-    if (p0 > begin && p < stored) {
-      k = load_vec(k_row + static_cast<int64>(p) * kDim + column);
-      v = load_vec(v_row + static_cast<int64>(p) * kDim + column);
-    }
-    if (a.append && valid && length - 1 >= p0 && length - 1 < p0 + kPositions &&
-        (length - 1 - p0) / Head::kSlots == warp_id())
-      append_position<T, kDim>(a, q_row, g, length - 1, k_norm, angles, p == length - 1, k_row, v_row, &k, &v);
-    float value[8];
-    unpack8<T>(v, value);
+  for (int start = begin; start < p.end; start += Part::kBlock) {
+    if (a.append) append_position(a, q_row, g, length - 1, start, k_norm, angles, p);
+    float score[kGroup][Part::kLoads];
 #pragma unroll
-    for (int h = 0; h < kGroup; ++h) {
-      const float score = head_dot<T, kDim>(q[h], k);
-      sums[h].add(p < end ? score : -infinity(), value);
-    }
+    for (int h = 0; h < kGroup; ++h)
+#pragma unroll
+      for (int i = 0; i < Part::kLoads; ++i) {
+        const float s = head_dot<T, kDim>(q[h], p.k[i]);
+        score[h][i] = p.of(start, i) < p.end ? s : -infinity();
+      }
+    Vec16 v[Part::kLoads];
+#pragma unroll
+    for (int i = 0; i < Part::kLoads; ++i) v[i] = p.v[i];
+    p.load(start + Part::kBlock);
+#pragma unroll
+    for (int h = 0; h < kGroup; ++h) sums[h].template add<T>(score[h], v);
   }
 #pragma unroll
   for (int h = 0; h < kGroup; ++h) {
@@ -163,22 +198,27 @@ __device__ __forceinline__ void attention_decode_split(const AttentionDecodeArgs
     }
   }
   if (used == 1) return;
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last_block = atomicAdd(a.arrived + b * a.kv_heads + g, 1) == used - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();  // orders the whole block's writes: the barrier has made them this thread's
+    last_block = atomicAdd(a.arrived + b * a.kv_heads + g, 1) == used - 1;
+    __threadfence();
+  }
   __syncthreads();
   if (!last_block) return;
-  __threadfence();
+  for (int i = threadIdx.x; i < used * kGroup * 2; i += blockDim.x)
+    (&parts[0][0][0])[i] = __ldcg(a.partial + item + i / 2 * kItem + kDim + i % 2);
+  __syncthreads();
   for (int i = threadIdx.x; i < kGroup * kDim; i += blockDim.x) {
-    const int h = i / kDim, d = i % kDim;
-    const float* from = a.partial + item + h * kItem;
+    const int h = i / kDim;
+    const float* from = a.partial + item + h * kItem + i % kDim;
     float top = -infinity(), total = 0.0f, value = 0.0f;
-    for (int s = 0; s < used; ++s) top = fmaxf(top, __ldcg(from + s * kGroup * kItem + kDim + 1));
+    for (int s = 0; s < used; ++s) top = fmaxf(top, parts[s][h][1]);
+#pragma unroll 8
     for (int s = 0; s < used; ++s) {
-      const float* part = from + s * kGroup * kItem;
-      const float weight = exp2f(__ldcg(part + kDim + 1) - top);
-      total = fmaf(weight, __ldcg(part + kDim), total);
-      value = fmaf(weight, __ldcg(part + d), value);
+      const float weight = exp2f(parts[s][h][1] - top);
+      total = fmaf(weight, parts[s][h][0], total);
+      value = fmaf(weight, __ldcg(from + s * kGroup * kItem), value);
     }
     out[i] = from_float<T>(value / total);
   }

@@ -6,7 +6,9 @@
 //   qkv [T, (H+2G)*D], k_cache and v_cache [G, S, D], weight [C, H*D], bias [C] or null, residual and out [T, C]: T.
 //   Grid/block: C/8 blocks of 8 warps. Every block computes all of the attention, a warp a key/value head at a time:
 //   ten
-//     positions are 20 KB from L2, less than a launch costs. Block 0 writes the new k and v to the cache.
+//     positions are 20 KB from L2, less than a launch costs. Block 0 writes the new k and v to the cache. What earlier
+//     passes wrote there is read before the block waits: the draw between two passes lets no later kernel start before
+//     all earlier ones have ended (see sample_token.cu).
 //   Memory: C*H*D weights once. Numerics: q, k and the attention's result are rounded to T like the results of
 //     qk_norm_rotary_append and attention_decode; otherwise as linear_residual.
 //   Requires: 16-bit T, D 64 or 128, H/G 1, 2 or 4, H*D a multiple of 32, pointers aligned to 16 bytes.
@@ -37,90 +39,125 @@ struct AttentionOutputArgs {
 };
 
 constexpr int kFastPositions = 16;
+constexpr int kAttentionOutputWarps = 8;
 
-// Attention of key/value head g, one warp: x[r] gets the results of its query heads.
+// One key/value head and its query heads, by one warp: all positions at once, a few lanes each.
 template <class T, int kDim, int kGroup>
-__device__ __forceinline__ void fast_attention(const AttentionOutputArgs& a, int g, const Staged<T>& x) {
+struct FastAttention {
   using Head = HeadLanes<kDim>;
-  constexpr int kSteps = kFastPositions / Head::kSlots;
-  const int column = Head::column(), length = a.first + a.rows, row_size = (a.heads + 2 * a.kv_heads) * kDim;
-  const T* qkv = static_cast<const T*>(a.qkv);
-  T* k_row = static_cast<T*>(a.k_cache) + static_cast<int64>(g) * a.capacity * kDim;
-  T* v_row = static_cast<T*>(a.v_cache) + static_cast<int64>(g) * a.capacity * kDim;
-  const T* cos_sin = static_cast<const T*>(a.cos_sin) + column;
-  Vec16 k[kSteps], v[kSteps], q_norm{}, k_norm{};
-  if (a.q_norm_weight) q_norm = load_weight(static_cast<const T*>(a.q_norm_weight) + column);
-  if (a.k_norm_weight) k_norm = load_weight(static_cast<const T*>(a.k_norm_weight) + column);
+  static constexpr int kSteps = kFastPositions / Head::kSlots;
+  static constexpr int kRows = 2;  // T at most
+
+  const AttentionOutputArgs& a;
+  int g;
+  T* k_row;
+  T* v_row;
+  Vec16 k[kSteps], v[kSteps], q_norm, k_norm;
+
+  __device__ __forceinline__ FastAttention(const AttentionOutputArgs& a, int g) : a(a), g(g) {
+    k_row = static_cast<T*>(a.k_cache) + static_cast<int64>(g) * a.capacity * kDim + Head::column();
+    v_row = static_cast<T*>(a.v_cache) + static_cast<int64>(g) * a.capacity * kDim + Head::column();
+    q_norm = a.q_norm_weight ? load_weight(static_cast<const T*>(a.q_norm_weight) + Head::column()) : Vec16{};
+    k_norm = a.k_norm_weight ? load_weight(static_cast<const T*>(a.k_norm_weight) + Head::column()) : Vec16{};
+  }
+
+  static __device__ __forceinline__ int position(int step) { return step * Head::kSlots + Head::slot(); }
+  __device__ __forceinline__ Vec16 angles(int p) const {
+    return load_weight(static_cast<const T*>(a.cos_sin) + p * kDim + Head::column());
+  }
+
+  // What earlier passes left in the cache.
+  __device__ __forceinline__ void load_cached() {
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    const int p = i * Head::kSlots + Head::slot();
-    k[i] = v[i] = {};
-    if (p < a.first) {
-      k[i] = load_vec(k_row + p * kDim + column);
-      v[i] = load_vec(v_row + p * kDim + column);
-    } else if (p < length) {
-      const T* row = qkv + (p - a.first) * row_size + column;
-      k[i] = load_vec(row + (a.heads + g) * kDim);
-      v[i] = load_vec(row + (a.heads + a.kv_heads + g) * kDim);
+    for (int i = 0; i < kSteps; ++i) {
+      k[i] = v[i] = {};
+      if (position(i) >= a.first) continue;
+      k[i] = load_vec(k_row + position(i) * kDim);
+      v[i] = load_vec(v_row + position(i) * kDim);
     }
   }
+
+  // The results of the query heads for the new rows, into x[0 ... T-1].
+  __device__ __forceinline__ void run(const Staged<T>& x) {
+    const int length = a.first + a.rows, row_size = (a.heads + 2 * a.kv_heads) * kDim;
+    const T* qkv = static_cast<const T*>(a.qkv) + Head::column();
+    Vec16 q[kRows][kGroup];
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    const int p = i * Head::kSlots + Head::slot();
-    if ((i + 1) * Head::kSlots <= a.first || i * Head::kSlots >= length) continue;  // the same in the whole warp
-    const bool fresh = p >= a.first && p < length;
-    const Vec16 angles = fresh ? load_weight(cos_sin + p * kDim) : Vec16{};
-    const Vec16 rotated = norm_rotary<T, kDim>(k[i], a.k_norm_weight != nullptr, k_norm, angles, a.eps);
-    if (!fresh) continue;
-    k[i] = rotated;
-    if (blockIdx.x == 0) {
-      store_vec(k_row + p * kDim + column, k[i]);
-      store_vec(v_row + p * kDim + column, v[i]);
+    for (int i = 0; i < kSteps; ++i) {
+      const int p = position(i);
+      if (p < a.first || p >= length) continue;
+      k[i] = load_vec(qkv + (p - a.first) * row_size + (a.heads + g) * kDim);
+      v[i] = load_vec(qkv + (p - a.first) * row_size + (a.heads + a.kv_heads + g) * kDim);
     }
-  }
-  const float scale = rsqrtf(static_cast<float>(kDim)) * kLog2e;
-  for (int r = 0; r < a.rows; ++r) {
-    const Vec16 angles = load_weight(cos_sin + (a.first + r) * kDim);
 #pragma unroll
-    for (int h = 0; h < kGroup; ++h) {
-      const int head = g * kGroup + h;
-      float q[8], value[8];
-      unpack8<T>(norm_rotary<T, kDim>(load_vec(qkv + r * row_size + head * kDim + column), a.q_norm_weight != nullptr,
-                                      q_norm, angles, a.eps),
-                 q);
+    for (int r = 0; r < kRows; ++r)
 #pragma unroll
-      for (int e = 0; e < 8; ++e) q[e] *= scale;
-      SoftmaxSum sum;
-      sum.clear();
+      for (int h = 0; h < kGroup; ++h)
+        q[r][h] = r < a.rows ? load_vec(qkv + r * row_size + (g * kGroup + h) * kDim) : Vec16{};
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        const int p = i * Head::kSlots + Head::slot();
-        if (i * Head::kSlots > a.first + r) break;
-        const float score = head_dot<T, kDim>(q, k[i]);
-        unpack8<T>(v[i], value);
-        sum.add(p <= a.first + r ? score : -infinity(), value);
+    for (int i = 0; i < kSteps; ++i) {
+      if ((i + 1) * Head::kSlots <= a.first || i * Head::kSlots >= length) continue;  // the same in the whole warp
+      const int p = position(i);
+      const bool fresh = p >= a.first && p < length;
+      const Vec16 rotated =
+          norm_rotary<T, kDim>(k[i], a.k_norm_weight != nullptr, k_norm, fresh ? angles(p) : Vec16{}, a.eps);
+      if (!fresh) continue;
+      k[i] = rotated;
+      if (blockIdx.x != 0) continue;
+      store_vec(k_row + p * kDim, k[i]);
+      store_vec(v_row + p * kDim, v[i]);
+    }
+    const float scale = rsqrtf(static_cast<float>(kDim)) * kLog2e;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (r >= a.rows) break;
+      const Vec16 here = angles(a.first + r);
+#pragma unroll
+      for (int h = 0; h < kGroup; ++h) {
+        float query[8], score[kSteps], value[8];
+        unpack8<T>(norm_rotary<T, kDim>(q[r][h], a.q_norm_weight != nullptr, q_norm, here, a.eps), query);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) query[e] *= scale;
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) {
+          score[i] = -infinity();
+          if (i * Head::kSlots > a.first + r) continue;  // the same in the whole warp
+          const float s = head_dot<T, kDim>(query, k[i]);
+          if (position(i) <= a.first + r) score[i] = s;
+        }
+        SoftmaxSum sum;
+        sum.clear();
+        sum.template add<T>(score, v);
+        sum.merge_slots<Head::kLanes>();
+#pragma unroll
+        for (int e = 0; e < 8; ++e) value[e] = sum.value[e] / sum.total;
+        if (Head::slot() == 0) store_vec(x.high(r) + (g * kGroup + h) * kDim + Head::column(), pack8<T>(value));
       }
-      sum.merge_slots<Head::kLanes>();
-#pragma unroll
-      for (int e = 0; e < 8; ++e) value[e] = sum.value[e] / sum.total;
-      if (Head::slot() == 0) store_vec(x.high(r) + head * kDim + column, pack8<T>(value));
     }
   }
-}
+};
 
 template <class T, int kDim, int kGroup>
 __device__ __forceinline__ void attention_output(const AttentionOutputArgs& a) {
-  using Share = ProjectTiles<T, 1, 4>;
+  using Share = Tiles<T, kAttentionOutputWarps, 1, 4>;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ float partial[Share::kPartials];
   launch_next();
   const int first_row = static_cast<int>(blockIdx.x) * kTileRows, dim = a.heads * kDim;
   Share tiles;
+  tiles.buffer = reinterpret_cast<Vec16*>(shared);
   tiles.place(0, static_cast<const T*>(a.weight), first_row, a.out_dim, dim);
   tiles.load(0);
+  const Staged<T> x{reinterpret_cast<T*>(shared + Share::kBufferBytes), a.rows, staged_stride(dim), false};
+  FastAttention<T, kDim, kGroup> attention(a, warp_id() < a.kv_heads ? warp_id() : 0);
+  attention.load_cached();
   wait_for_inputs();
-  const Staged<T> x{reinterpret_cast<T*>(shared), a.rows, staged_stride(dim), false};
-  for (int g = warp_id(); g < a.kv_heads; g += kProjectWarps) fast_attention<T, kDim, kGroup>(a, g, x);
+  if (warp_id() < a.kv_heads) attention.run(x);
+  for (int g = warp_id() + kAttentionOutputWarps; g < a.kv_heads; g += kAttentionOutputWarps) {
+    FastAttention<T, kDim, kGroup> another(a, g);
+    another.load_cached();
+    another.run(x);
+  }
   __syncthreads();
   tiles.multiply_all(x);
   tiles.store(partial, x.count);

@@ -1,9 +1,9 @@
 // linear_residual: out = weight @ x + bias + residual.
 //
 //   x [B, J], weight [C, J], bias [C] or null, residual [B, C] or null, out [B, C], which may be residual; all T.
-// Grid/block of the tile kernels: C/8 blocks of 8 warps; a block owns 8 rows of the weight for all vectors. 4, 8 or 12
-//   slices in each warp's registers: the least that holds a whole row, so that all weights are under way before the
-//   block waits (J = 1024, 2048, 3072 in S1-mini). Longer rows go through the registers in chunks.
+// Grid/block of the tile kernels: C/8 blocks of 4 warps; a block owns 8 rows of the weight for all vectors. 8, 16 or 24
+//   slices a warp at a time: the least that holds a whole row, so that all weights are under way before the block
+//   waits (J = 1024, 2048, 3072 in S1-mini). Longer rows come in chunks.
 // Memory: C*J weights once, bound by it: 4.2 MB for S1-mini's slow wo, 6.3 MB for w2.
 // Numerics: x is exact in T; sums in float32; bias and residual are added before the one rounding.
 // Requires (tile): 16-bit T, J a multiple of 32, pointers aligned to 16 bytes. The plain kernel takes anything.
@@ -38,14 +38,18 @@ __device__ __forceinline__ void linear_residual_tile(const LinearResidualArgs& a
   launch_next();
   const int first_row = static_cast<int>(blockIdx.x) * kTileRows;
   ProjectTiles<T, 1, kLoads> tiles;
+  tiles.buffer = reinterpret_cast<Vec16*>(shared);
   tiles.place(0, static_cast<const T*>(a.weight), first_row, a.out_dim, a.dim);
   tiles.load(0);
   wait_for_inputs();
   for (int b0 = 0; b0 < a.rows; b0 += a.group) {
-    const Staged<T> x{reinterpret_cast<T*>(shared), min(a.group, a.rows - b0), staged_stride(a.dim), false};
-    stage(x, static_cast<const T*>(a.x) + static_cast<int64>(b0) * a.dim, a.dim);
-    __syncthreads();
-    if (b0 > 0 && tiles.chunks() > 1) tiles.load(0);
+    const Staged<T> x{reinterpret_cast<T*>(shared + tiles.kBufferBytes), min(a.group, a.rows - b0),
+                      staged_stride(a.dim), false};
+    if (b0 > 0) {
+      __syncthreads();  // the last vectors are done with
+      if (tiles.chunks() > 1) tiles.load(0);
+    }
+    stage<T, kProjectWarps>(x, static_cast<const T*>(a.x) + static_cast<int64>(b0) * a.dim, a.dim);
     tiles.multiply_all(x);
     tiles.store(partial, x.count);
     __syncthreads();
@@ -56,16 +60,16 @@ __device__ __forceinline__ void linear_residual_tile(const LinearResidualArgs& a
   }
 }
 template <class T>
-__device__ void linear_residual_tile4(const LinearResidualArgs& a) {
-  linear_residual_tile<T, 4>(a);
-}
-template <class T>
 __device__ void linear_residual_tile8(const LinearResidualArgs& a) {
   linear_residual_tile<T, 8>(a);
 }
 template <class T>
-__device__ void linear_residual_tile12(const LinearResidualArgs& a) {
-  linear_residual_tile<T, 12>(a);
+__device__ void linear_residual_tile16(const LinearResidualArgs& a) {
+  linear_residual_tile<T, 16>(a);
+}
+template <class T>
+__device__ void linear_residual_tile24(const LinearResidualArgs& a) {
+  linear_residual_tile<T, 24>(a);
 }
 
 // A warp an output row, 8 rows a block.
@@ -73,7 +77,7 @@ template <class T>
 __device__ void linear_residual_plain(const LinearResidualArgs& a) {
   launch_next();
   wait_for_inputs();
-  const int row = static_cast<int>(blockIdx.x) * kProjectWarps + warp_id();
+  const int row = static_cast<int>(blockIdx.x) * kPlainWarps + warp_id();
   if (row >= a.out_dim) return;
   for (int b0 = 0; b0 < a.rows; b0 += kPlainVectors) {
     const int count = min(kPlainVectors, a.rows - b0);
@@ -87,9 +91,9 @@ __device__ void linear_residual_plain(const LinearResidualArgs& a) {
   }
 }
 
-S1_KERNEL_HALVES(linear_residual_tile4, LinearResidualArgs, 256, 4, linear_residual_tile4)
-S1_KERNEL_HALVES(linear_residual_tile8, LinearResidualArgs, 256, 3, linear_residual_tile8)
-S1_KERNEL_HALVES(linear_residual_tile12, LinearResidualArgs, 256, 2, linear_residual_tile12)
+S1_KERNEL_HALVES(linear_residual_tile8, LinearResidualArgs, 128, 8, linear_residual_tile8)
+S1_KERNEL_HALVES(linear_residual_tile16, LinearResidualArgs, 128, 8, linear_residual_tile16)
+S1_KERNEL_HALVES(linear_residual_tile24, LinearResidualArgs, 128, 8, linear_residual_tile24)
 S1_KERNEL(linear_residual_plain, LinearResidualArgs, 256, 2, linear_residual_plain)
 
 }  // namespace s1

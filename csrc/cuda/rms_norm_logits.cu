@@ -2,7 +2,7 @@
 //
 //   x [B, C] (rows x_stride apart), norm_weight [C], weight [V, C]: T. logits [B, V] float32, rows logits_stride apart.
 //   normed [B, C] T, or null.
-// Grid/block: `tile`, for heads of a few thousand rows (the fast head, the rows that can be sampled): V/16 blocks of 8
+// Grid/block: `tile`, for heads of a few thousand rows (the fast head, the rows that can be sampled): V/16 blocks of 4
 //   warps that share the columns of 16 rows, all weights under way before the block waits. `stream`, for the whole
 //   vocabulary: 2 blocks an SM, and each warp goes through tiles of 8 rows of its own, the next 4 KB under way while it
 //   multiplies the last; no barrier between tiles.
@@ -49,7 +49,7 @@ __device__ __forceinline__ void put_logit(const RmsNormLogitsArgs& a, int b, int
 
 template <class T>
 __device__ void rms_norm_logits_tile(const RmsNormLogitsArgs& a) {
-  constexpr int kTiles = 2, kLoads = 4;
+  constexpr int kTiles = 2, kLoads = 8;
   const int first_row = static_cast<int>(blockIdx.x) * kTiles * kTileRows;
   const T* weight = static_cast<const T*>(a.weight);
   project_normed<T, kTiles, kLoads>(
@@ -66,6 +66,8 @@ __device__ void rms_norm_logits_tile(const RmsNormLogitsArgs& a) {
         put_logit(a, b, first_row + kTileRows + r, y[1]);
       });
 }
+
+constexpr int kStreamWarps = 8;
 
 // A warp's way through the head: tiles `first`, first + step, ..., each in steps of 8 slices (4 KB).
 template <class T>
@@ -88,14 +90,14 @@ template <class T>
 __device__ void rms_norm_logits_stream(const RmsNormLogitsArgs& a) {
   using Head = HeadStream<T>;
   extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ float squares[kProjectWarps * kMaxVectors];
+  __shared__ float squares[kStreamWarps * kMaxVectors];
   launch_next();
   const NormedInput<T> in = rms_norm_logits_input<T>(a);
-  const int tiles = ceil_div(a.out_dim, kTileRows), stride = static_cast<int>(gridDim.x) * kProjectWarps;
+  const int tiles = ceil_div(a.out_dim, kTileRows), stride = static_cast<int>(gridDim.x) * kStreamWarps;
   const int first = warp_id() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
   Head head{static_cast<const T*>(a.weight), a.dim, a.out_dim, ceil_div(a.dim, Head::kLoads * kSlice)};
   if (first < tiles) head.load(first, 0);
-  const Vec16 first_weights = first_norm_weights(in.norm_weight, a.dim);
+  const Vec16 first_weights = first_norm_weights<T, kStreamWarps>(in.norm_weight, a.dim);
   wait_for_inputs();
   for (int b0 = 0; b0 < a.rows; b0 += a.group) {
     const Staged<T> x{reinterpret_cast<T*>(shared), min(a.group, a.rows - b0), staged_stride(a.dim), true};
@@ -103,12 +105,12 @@ __device__ void rms_norm_logits_stream(const RmsNormLogitsArgs& a) {
       __syncthreads();  // the last vectors are done with
       if (first < tiles) head.load(first, 0);
     }
-    stage_normed<T, kProjectWarps>(x, in.x + b0 * in.x_stride, in.x_stride, in.norm_weight, first_weights, a.dim, a.eps,
-                                   squares);
+    stage_normed<T, kStreamWarps>(x, in.x + b0 * in.x_stride, in.x_stride, in.norm_weight, first_weights, a.dim, a.eps,
+                                  squares);
     __syncthreads();
-    for (int b = 0; b < x.count; ++b) put_normed<T>(a, b0 + b, norm_scale<kProjectWarps>(squares, b, a.dim, a.eps));
+    for (int b = 0; b < x.count; ++b) put_normed<T>(a, b0 + b, norm_scale<kStreamWarps>(squares, b, a.dim, a.eps));
     const int vector = lane_id() / 4, pair = lane_id() % 4 * 2;
-    const float scale = vector < x.count ? pending_scale<T, kProjectWarps>(squares, vector, a.dim, a.eps) : 0.0f;
+    const float scale = vector < x.count ? pending_scale<T, kStreamWarps>(squares, vector, a.dim, a.eps) : 0.0f;
     for (int tile = first; tile < tiles; tile += stride) {
       float sum[2][4] = {};
       for (int step = 0; step < head.steps; ++step) {
@@ -134,14 +136,14 @@ __device__ void rms_norm_logits_stream(const RmsNormLogitsArgs& a) {
 // A warp an output row, 8 rows a block.
 template <class T>
 __device__ void rms_norm_logits_plain(const RmsNormLogitsArgs& a) {
-  const int row = static_cast<int>(blockIdx.x) * kProjectWarps + warp_id();
+  const int row = static_cast<int>(blockIdx.x) * kPlainWarps + warp_id();
   const T* weights[] = {static_cast<const T*>(a.weight)};
   project_normed_plain(
       rms_norm_logits_input<T>(a), weights, row, a.out_dim, [&](int b, float scale) { put_normed<T>(a, b, scale); },
       [&](int b, const float (&y)[1]) { put_logit(a, b, row, y[0]); });
 }
 
-S1_KERNEL_HALVES(rms_norm_logits_tile, RmsNormLogitsArgs, 256, 3, rms_norm_logits_tile)
+S1_KERNEL_HALVES(rms_norm_logits_tile, RmsNormLogitsArgs, 128, 8, rms_norm_logits_tile)
 S1_KERNEL_HALVES(rms_norm_logits_stream, RmsNormLogitsArgs, 256, 2, rms_norm_logits_stream)
 S1_KERNEL(rms_norm_logits_plain, RmsNormLogitsArgs, 256, 2, rms_norm_logits_plain)
 

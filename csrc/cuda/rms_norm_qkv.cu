@@ -1,7 +1,7 @@
 // rms_norm_qkv: out = weight @ (x / sqrt(mean(x^2) + eps) * norm_weight) + bias.
 //
 //   x [B, C], norm_weight [C], weight [O, C] with O = (H+2G)*D, bias [O] or null, out [B, O]; all T, contiguous.
-// Grid/block of the tile kernel: O/16 blocks of 8 warps; a block owns 16 rows of the weight for all vectors and
+// Grid/block of the tile kernel: O/16 blocks of 4 warps; a block owns 16 rows of the weight for all vectors and
 //   computes the norm itself, so that nothing has to be passed from block to block.
 // Memory: O*C weights once, bound by it: 8.4 MB in S1-mini's slow stack. x (2 KB) comes from L2 in every block.
 // Numerics: the norm is not rounded (see Staged); sums in float32; one rounding.
@@ -37,7 +37,7 @@ __device__ __forceinline__ void rms_norm_qkv_put(const RmsNormQkvArgs& a, int b,
 
 template <class T>
 __device__ void rms_norm_qkv_tile(const RmsNormQkvArgs& a) {
-  constexpr int kTiles = 2, kLoads = 4;
+  constexpr int kTiles = 2, kLoads = 8;
   const int first_row = static_cast<int>(blockIdx.x) * kTiles * kTileRows;
   const T* weight = static_cast<const T*>(a.weight);
   project_normed<T, kTiles, kLoads>(
@@ -56,14 +56,14 @@ __device__ void rms_norm_qkv_tile(const RmsNormQkvArgs& a) {
 // A warp an output row, 8 rows a block.
 template <class T>
 __device__ void rms_norm_qkv_plain(const RmsNormQkvArgs& a) {
-  const int row = static_cast<int>(blockIdx.x) * kProjectWarps + warp_id();
+  const int row = static_cast<int>(blockIdx.x) * kPlainWarps + warp_id();
   const T* weights[] = {static_cast<const T*>(a.weight)};
   project_normed_plain(
       rms_norm_qkv_input<T>(a), weights, row, a.out_dim, [](int, float) {},
       [&](int b, const float (&y)[1]) { rms_norm_qkv_put<T>(a, b, row, y[0]); });
 }
 
-S1_KERNEL_HALVES(rms_norm_qkv_tile, RmsNormQkvArgs, 256, 3, rms_norm_qkv_tile)
+S1_KERNEL_HALVES(rms_norm_qkv_tile, RmsNormQkvArgs, 128, 8, rms_norm_qkv_tile)
 S1_KERNEL(rms_norm_qkv_plain, RmsNormQkvArgs, 256, 2, rms_norm_qkv_plain)
 
 }  // namespace s1

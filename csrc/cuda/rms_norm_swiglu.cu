@@ -1,7 +1,7 @@
 // rms_norm_swiglu: out = silu(w1 @ n) * (w3 @ n) with n = x / sqrt(mean(x^2) + eps) * norm_weight.
 //
 //   x [B, C], norm_weight [C], w1 and w3 [F, C], out [B, F]; all T, contiguous.
-// Grid/block of the tile kernel: F/8 blocks of 8 warps; a block owns 8 rows of w1 and the same 8 of w3, so that gate
+// Grid/block of the tile kernel: F/8 blocks of 4 warps; a block owns 8 rows of w1 and the same 8 of w3, so that gate
 //   and up meet in it, and computes the norm itself.
 // Memory: 2*F*C weights once, bound by it: 12.6 MB in S1-mini.
 // Numerics: neither the norm nor the projections are rounded (see Staged); sums in float32; one rounding.
@@ -38,7 +38,7 @@ __device__ __forceinline__ void rms_norm_swiglu_put(const RmsNormSwigluArgs& a, 
 
 template <class T>
 __device__ void rms_norm_swiglu_tile(const RmsNormSwigluArgs& a) {
-  constexpr int kTiles = 2, kLoads = 4;
+  constexpr int kTiles = 2, kLoads = 8;
   const int first_row = static_cast<int>(blockIdx.x) * kTileRows;
   project_normed<T, kTiles, kLoads>(
       rms_norm_swiglu_input<T>(a),
@@ -53,14 +53,14 @@ __device__ void rms_norm_swiglu_tile(const RmsNormSwigluArgs& a) {
 // A warp an output row, 8 rows a block.
 template <class T>
 __device__ void rms_norm_swiglu_plain(const RmsNormSwigluArgs& a) {
-  const int row = static_cast<int>(blockIdx.x) * kProjectWarps + warp_id();
+  const int row = static_cast<int>(blockIdx.x) * kPlainWarps + warp_id();
   const T* weights[] = {static_cast<const T*>(a.w1), static_cast<const T*>(a.w3)};
   project_normed_plain(
       rms_norm_swiglu_input<T>(a), weights, row, a.out_dim, [](int, float) {},
       [&](int b, const float (&y)[2]) { rms_norm_swiglu_put<T>(a, b, row, y); });
 }
 
-S1_KERNEL_HALVES(rms_norm_swiglu_tile, RmsNormSwigluArgs, 256, 3, rms_norm_swiglu_tile)
+S1_KERNEL_HALVES(rms_norm_swiglu_tile, RmsNormSwigluArgs, 128, 8, rms_norm_swiglu_tile)
 S1_KERNEL(rms_norm_swiglu_plain, RmsNormSwigluArgs, 256, 2, rms_norm_swiglu_plain)
 
 }  // namespace s1

@@ -24,7 +24,6 @@ template <class T>
 __device__ void sample_token(const SampleTokenArgs& a) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ Ahead slots[2 * kSamplerWarps];
-  launch_next();
   if (!reads_early(a)) wait_for_inputs();
   const int b = blockIdx.x, first = threadIdx.x;
   float* value = reinterpret_cast<float*>(shared);  // a thread reads only what it has written here
@@ -40,6 +39,7 @@ __device__ void sample_token(const SampleTokenArgs& a) {
   };
   draw_noise(false);
   if (reads_early(a)) wait_for_inputs();
+  launch_next();  // not before: what a later kernel reads before its own wait is then complete, up to the last kernel
 
   float* logits = a.logits + static_cast<int64>(b) * a.logits_stride;
   uint32 top = 0;
@@ -122,6 +122,7 @@ __device__ void sample_token_survey(const SampleTokenArgs& a) {
 #pragma unroll
   for (int j = 0; j < kChunkItems; ++j) gumbel[j] = chunk_row(j) < a.vocabulary ? source(chunk_row(j)) : 0.0f;
   if (reads_early(a)) wait_for_inputs();
+  launch_next();  // not before: what a later kernel reads before its own wait is then complete, up to the last kernel
 
   float* logits = a.logits + static_cast<int64>(b) * a.logits_stride;
   uint32 top = 0;

@@ -62,14 +62,27 @@ struct SoftmaxSum {
 #pragma unroll
     for (int e = 0; e < 8; ++e) value[e] = 0.0f;
   }
-  // Adds one more score (in units of log 2; -infinity adds nothing) with its vector v.
-  __device__ __forceinline__ void add(float score, const float (&v)[8]) {
-    const float higher = fmaxf(top, score);
-    if (higher == -infinity()) return;
-    const float keep = exp2f(top - higher), weight = exp2f(score - higher);
-    total = total * keep + weight;
+  // Adds kCount scores (in units of log 2; -infinity adds nothing) with their vectors v.
+  template <class T, int kCount>
+  __device__ __forceinline__ void add(const float (&score)[kCount], const Vec16 (&v)[kCount]) {
+    float higher = top;
 #pragma unroll
-    for (int e = 0; e < 8; ++e) value[e] = score == -infinity() ? value[e] : fmaf(weight, v[e], value[e] * keep);
+    for (int i = 0; i < kCount; ++i) higher = fmaxf(higher, score[i]);
+    if (higher == -infinity()) return;
+    const float keep = exp2f(top - higher);
+    total *= keep;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) value[e] *= keep;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (score[i] == -infinity()) continue;  // v may be anything
+      const float weight = exp2f(score[i] - higher);
+      float x[8];
+      unpack8<T>(v[i], x);
+      total += weight;
+#pragma unroll
+      for (int e = 0; e < 8; ++e) value[e] = fmaf(weight, x[e], value[e]);
+    }
     top = higher;
   }
   // Merges the sums of the warp's slots, kLanes lanes apart; every slot gets the result.

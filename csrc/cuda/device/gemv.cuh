@@ -1,12 +1,16 @@
 // Matrix-vector products y = W @ x for up to 8 vectors x at a time, the core of every projection.
 //
 // Two ways. `Tiles` is the fast one: 16-bit weights on tensor cores, 16-byte loads, all of a block's weights (or its
-// first chunk) in registers before the block waits for its inputs. `plain_dot` takes any dtype, size and alignment.
+// first chunk) under way to shared memory before the block waits for its inputs. `plain_dot` takes any dtype, size and
+// alignment.
 //
 // Mapping of Tiles: a tile is 8 rows of W. In a warp, lane 4g + t loads 16 bytes (8 columns) of the tile's row g, so a
-// load covers a slice of 32 columns; the block's warps take slices in turn and add their sums up at the end. The
-// weights are the mma's 16 x 8 operand. The other one holds x: rows 0 to 7 are the high parts of 8 vectors (x rounded
-// to T), rows 8 to 15 what that left (x - high, rounded to T), so that a normalised x keeps 16 bits or more.
+// load covers a slice of 32 columns; the block's warps take slices in turn and add their sums up at the end. A lane
+// reads only weights that it has copied itself, and a warp only columns of x that it has staged itself, so that the one
+// barrier is that before the sums. The weights are the mma's 16 x 8 operand. The other one holds x: rows 0 to 7 are the
+// high parts of 8 vectors (x rounded to T), rows 8 to 15 what that left (x - high, rounded to T), so that a normalised
+// x keeps 16 bits or more. Why shared memory: held in registers, the weights left the next kernel's blocks no room on
+// the SM, and programmatic dependent launch gained nothing (S1-mini's frame on an H200: 1.65 ms with it, 1.71 without).
 // Numerics: products exact, sums in float32.
 #pragma once
 
@@ -56,16 +60,23 @@ __device__ __forceinline__ float sum_of_chains(const float (&sum)[2][4], int c) 
   return (sum[0][c] + sum[1][c]) + (sum[0][2 + c] + sum[1][2 + c]);
 }
 
-// A block's share of W: kTiles tiles, kLoads slices of them at a time in each warp's registers.
+// A block's share of W: kTiles tiles, kLoads slices of them at a time for each warp, in `buffer`.
 template <class T, int kWarps, int kTiles, int kLoads>
 struct Tiles {
+  static constexpr int kThreads = kWarps * kWarp;
+  static constexpr int kBufferBytes = kTiles * kLoads * kThreads * 16;
+  static constexpr int kPartials = kWarps * kTiles * kMaxVectors * kTileRows;  // floats
+
+  Vec16* buffer;         // shared memory, [kTiles, kLoads, kThreads]; a thread reads only what it has copied itself
   const T* row[kTiles];  // this lane's row of each tile
   int slices;            // in a row
-  Vec16 weight[kTiles][kLoads];
   float sum[kTiles][2][4];
 
   __device__ __forceinline__ int slice(int chunk, int i) const { return (chunk * kLoads + i) * kWarps + warp_id(); }
   __device__ __forceinline__ int chunks() const { return ceil_div(slices, kLoads * kWarps); }
+  __device__ __forceinline__ Vec16* at(int j, int i) const {
+    return buffer + (j * kLoads + i) * kThreads + threadIdx.x;
+  }
 
   // Tile j holds the rows first_row ... first_row + 7 of `weights`; past the last row it repeats that one.
   __device__ __forceinline__ void place(int j, const T* weights, int first_row, int rows, int dim) {
@@ -74,12 +85,13 @@ struct Tiles {
     row[j] = weights + static_cast<int64>(r) * dim + lane_id() % 4 * 8;
   }
 
+  // Starts to copy a chunk.
   __device__ __forceinline__ void load(int chunk) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i)
       if (slice(chunk, i) < slices)
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) weight[j][i] = load_weight(row[j] + slice(chunk, i) * kSlice);
+        for (int j = 0; j < kTiles; ++j) copy_async(at(j, i), row[j] + slice(chunk, i) * kSlice);
   }
 
   __device__ __forceinline__ void multiply(int chunk, const Staged<T>& x) {
@@ -87,19 +99,19 @@ struct Tiles {
     for (int i = 0; i < kLoads; ++i) {
       if (slice(chunk, i) >= slices) break;
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) add_slice<T>(sum[j], x, slice(chunk, i) * kSlice, weight[j][i]);
+      for (int j = 0; j < kTiles; ++j) add_slice<T>(sum[j], x, slice(chunk, i) * kSlice, *at(j, i));
     }
   }
 
-  // All columns: sums [kTiles, 8 vectors, 8 rows] of this warp. Chunk 0 must be loaded, and is again afterwards.
+  // All columns: this warp's sums. Chunk 0 is under way; with more chunks it has to be loaded again afterwards.
   __device__ __forceinline__ void multiply_all(const Staged<T>& x) {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
 #pragma unroll
       for (int c = 0; c < 4; ++c) sum[j][0][c] = sum[j][1][c] = 0.0f;
-    multiply(0, x);
-    for (int chunk = 1; chunk < chunks(); ++chunk) {
-      load(chunk);
+    for (int chunk = 0; chunk < chunks(); ++chunk) {
+      if (chunk > 0) load(chunk);
+      copies_done();
       multiply(chunk, x);
     }
   }
@@ -123,25 +135,32 @@ struct Tiles {
     for (int w = 0; w < kWarps; ++w) x += partial[((w * kTiles + j) * kMaxVectors + vector) * kTileRows + tile_row];
     return x;
   }
-
-  static constexpr int kPartials = kWarps * kTiles * kMaxVectors * kTileRows;  // floats
 };
 
-// Stages x[b] for b < staged.count as it is.
-template <class T>
+// What a lane stages: its warp's slices in turn, eight at a time, four lanes a slice.
+template <int kWarps>
+struct StagedColumns {
+  static constexpr int kStep = kWarps * 8;  // slices from one turn to the next
+  static __device__ __forceinline__ int first() { return lane_id() / 4 * kWarps + warp_id(); }
+  static __device__ __forceinline__ int column(int slice) { return slice * kSlice + lane_id() % 4 * 8; }
+};
+
+// Stages this warp's columns of x[b], b < staged.count, as they are.
+template <class T, int kWarps>
 __device__ __forceinline__ void stage(const Staged<T>& staged, const T* x, int dim) {
-  const int vecs = dim / 8;
-  for (int i = threadIdx.x; i < staged.count * vecs; i += blockDim.x) {
-    const int b = i / vecs, column = i % vecs * 8;
-    store_vec(staged.high(b) + column, load_vec(x + static_cast<int64>(b) * dim + column));
-  }
+  using Columns = StagedColumns<kWarps>;
+  for (int b = 0; b < staged.count; ++b)
+    for (int s = Columns::first(); s < dim / kSlice; s += Columns::kStep)
+      store_vec(staged.high(b) + Columns::column(s), load_vec(x + static_cast<int64>(b) * dim + Columns::column(s)));
+  __syncwarp();
 }
 
-// What RMSNorm needs before the block waits: this thread's first eight norm weights.
-template <class T>
+// What RMSNorm needs before the block waits: this lane's first eight norm weights.
+template <class T, int kWarps>
 __device__ __forceinline__ Vec16 first_norm_weights(const T* norm_weight, int dim) {
-  const int column = static_cast<int>(threadIdx.x) * 8;
-  return column < dim ? load_weight(norm_weight + column) : Vec16{};
+  using Columns = StagedColumns<kWarps>;
+  if (Columns::first() >= dim / kSlice) return {};
+  return load_weight(norm_weight + Columns::column(Columns::first()));
 }
 
 // The factor 1 / sqrt(mean(x^2) + eps) of vector b, from what stage_normed() left in `squares`.
@@ -173,26 +192,27 @@ __device__ __forceinline__ void put_split(const Staged<T>& staged, int b, int co
   store_vec(staged.low(b) + column, pack8<T>(low));
 }
 
-// Stages x[b] * norm_weight, split in two parts. The factor 1/rms is left out, since it can be applied to the sums:
-// `squares` [kWarps, kMaxVectors] gets what norm_scale() makes it from. float16 might overflow without the factor, so
-// there it is applied here, at the price of a barrier, and norm_scale() is not to be applied again.
-// The rows of x are `x_stride` elements apart. A barrier must follow.
+// Stages this warp's columns of x[b] * norm_weight, split in two parts. The factor 1/rms is left out, since it can be
+// applied to the sums: `squares` [kWarps, kMaxVectors] gets what norm_scale() makes it from, behind a barrier. float16
+// might overflow without the factor, so there it is applied here, at the price of a barrier.
+// The rows of x are `x_stride` elements apart.
 template <class T, int kWarps>
 __device__ __forceinline__ void stage_normed(const Staged<T>& staged, const T* x, int64 x_stride, const T* norm_weight,
                                              const Vec16& first_weights, int dim, float eps, float* squares) {
-  constexpr int kStep = kWarps * kWarp * 8;
+  using Columns = StagedColumns<kWarps>;
+  const auto put = [&](int b, int s, const float (&v)[8], float scale) {
+    float n[8];
+    unpack8<T>(s < Columns::kStep ? first_weights : load_weight(norm_weight + Columns::column(s)), n);
+    put_split(staged, b, Columns::column(s), v, n, scale);
+  };
+  float v[8];
   for (int b = 0; b < staged.count; ++b) {
-    const T* row = x + b * x_stride;
     float square = 0.0f;
-    float v[8], n[8];
-    for (int column = static_cast<int>(threadIdx.x) * 8; column < dim; column += kStep) {
-      unpack8<T>(load_vec(row + column), v);
+    for (int s = Columns::first(); s < dim / kSlice; s += Columns::kStep) {
+      unpack8<T>(load_vec(x + b * x_stride + Columns::column(s)), v);
 #pragma unroll
       for (int e = 0; e < 8; ++e) square = fmaf(v[e], v[e], square);
-      if constexpr (!kScaleBeforeRounding<T>) {
-        unpack8<T>(column < kStep ? first_weights : load_weight(norm_weight + column), n);
-        put_split(staged, b, column, v, n, 1.0f);
-      }
+      if constexpr (!kScaleBeforeRounding<T>) put(b, s, v, 1.0f);
     }
     square = warp_sum(square);
     if (lane_id() == 0) squares[warp_id() * kMaxVectors + b] = square;
@@ -201,14 +221,13 @@ __device__ __forceinline__ void stage_normed(const Staged<T>& staged, const T* x
     __syncthreads();
     for (int b = 0; b < staged.count; ++b) {
       const float scale = norm_scale<kWarps>(squares, b, dim, eps);
-      float v[8], n[8];
-      for (int column = static_cast<int>(threadIdx.x) * 8; column < dim; column += kStep) {
-        unpack8<T>(load_vec(x + b * x_stride + column), v);
-        unpack8<T>(column < kStep ? first_weights : load_weight(norm_weight + column), n);
-        put_split(staged, b, column, v, n, scale);
+      for (int s = Columns::first(); s < dim / kSlice; s += Columns::kStep) {
+        unpack8<T>(load_vec(x + b * x_stride + Columns::column(s)), v);
+        put(b, s, v, scale);
       }
     }
   }
+  __syncwarp();
 }
 
 // The factor that the sums of a normalised vector still need.

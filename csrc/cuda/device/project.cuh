@@ -6,8 +6,8 @@
 
 namespace s1 {
 
-constexpr int kProjectWarps = 8;
-constexpr int kProjectThreads = kProjectWarps * kWarp;
+constexpr int kProjectWarps = 4;  // of a tile kernel's block: more would cost registers that the next kernel needs
+constexpr int kPlainWarps = 8;    // of a plain kernel's block, each with an output row
 
 template <class T, int kTiles, int kLoads>
 using ProjectTiles = Tiles<T, kProjectWarps, kTiles, kLoads>;
@@ -24,7 +24,8 @@ struct NormedInput {
 };
 
 // Projects rms_norm(x) with kTiles tiles of 8 rows. place(tiles) says which rows; put(b, r, y) takes what row r of
-// every tile gives for vector b, y[0 ... kTiles-1]; staged(b0, count, squares) runs when x[b0 ...] is staged.
+// every tile gives for vector b, y[0 ... kTiles-1]; staged(b0, count, squares) runs when `squares` of x[b0 ...] is
+// known.
 template <class T, int kTiles, int kLoads, class Place, class Stage, class Put>
 __device__ __forceinline__ void project_normed(const NormedInput<T>& in, Place place, Stage staged, Put put) {
   using Share = ProjectTiles<T, kTiles, kLoads>;
@@ -33,20 +34,24 @@ __device__ __forceinline__ void project_normed(const NormedInput<T>& in, Place p
   __shared__ float squares[kProjectWarps * kMaxVectors];
   launch_next();
   Share tiles;
+  tiles.buffer = reinterpret_cast<Vec16*>(shared);
   place(tiles);
   tiles.load(0);
-  const Vec16 first_weights = first_norm_weights(in.norm_weight, in.dim);
+  const Vec16 first_weights = first_norm_weights<T, kProjectWarps>(in.norm_weight, in.dim);
   wait_for_inputs();
   for (int b0 = 0; b0 < in.rows; b0 += in.group) {
-    const Staged<T> x{reinterpret_cast<T*>(shared), min(in.group, in.rows - b0), staged_stride(in.dim), true};
+    const Staged<T> x{reinterpret_cast<T*>(shared + Share::kBufferBytes), min(in.group, in.rows - b0),
+                      staged_stride(in.dim), true};
+    if (b0 > 0) {
+      __syncthreads();  // the last vectors are done with
+      if (tiles.chunks() > 1) tiles.load(0);
+    }
     stage_normed<T, kProjectWarps>(x, in.x + b0 * in.x_stride, in.x_stride, in.norm_weight, first_weights, in.dim,
                                    in.eps, squares);
-    __syncthreads();
-    staged(b0, x.count, squares);
-    if (b0 > 0 && tiles.chunks() > 1) tiles.load(0);
     tiles.multiply_all(x);
     tiles.store(partial, x.count);
     __syncthreads();
+    staged(b0, x.count, squares);
     for (int i = threadIdx.x; i < x.count * kTileRows; i += blockDim.x) {
       const int b = i / kTileRows, r = i % kTileRows;
       const float scale = pending_scale<T, kProjectWarps>(squares, b, in.dim, in.eps);
@@ -63,7 +68,7 @@ __device__ __forceinline__ void project_normed(const NormedInput<T>& in, Place p
 template <class T, int kWeights, class Normed, class Put>
 __device__ __forceinline__ void project_normed_plain(const NormedInput<T>& in, const T* const (&weights)[kWeights],
                                                      int row, int out_dim, Normed normed, Put put) {
-  __shared__ float scratch[kProjectWarps];
+  __shared__ float scratch[kPlainWarps];
   launch_next();
   wait_for_inputs();
   for (int b0 = 0; b0 < in.rows; b0 += kPlainVectors) {

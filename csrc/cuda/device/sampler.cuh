@@ -6,8 +6,8 @@
 // The best row of all is proposed first. One pass over the rows finds what is ahead of it: their mass and number, which
 // say whether the proposal is kept, and the best of them, which is the next proposal if it is not, for all that is
 // behind a row that is not kept is not kept either. With noise that does not depend on the logits a rejected proposal
-// halves what is left on average; 1.3 proposals are typical. After kPatience of them the end of the prefix is bisected,
-// which bounds the work for any noise.
+// halves what is left on average; of normally distributed logits 1.0 to 1.25 rows are proposed (simulated). After
+// kPatience proposals the end of the prefix is bisected, which bounds the work for any noise.
 #pragma once
 
 #include "reduce.cuh"

@@ -18,6 +18,22 @@ __device__ __forceinline__ Vec16 load_weight(const void* at) {
 __device__ __forceinline__ Vec16 load_vec(const void* at) { return *static_cast<const Vec16*>(at); }
 __device__ __forceinline__ void store_vec(void* at, const Vec16& v) { *static_cast<Vec16*>(at) = v; }
 
+// Copies 16 bytes from global to shared memory in the background, for this thread alone; copies_done() waits for all of
+// this thread's copies. sm_75 copies at once.
+__device__ __forceinline__ void copy_async(Vec16* to, const void* from) {
+#if S1_ARCH >= 800
+  const uint32 at = static_cast<uint32>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+#else
+  *to = load_weight(from);
+#endif
+}
+__device__ __forceinline__ void copies_done() {
+#if S1_ARCH >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // Eight 16-bit values as float32.
 template <class T>
 __device__ __forceinline__ void unpack8(const Vec16& v, float (&out)[8]) {

@@ -22,6 +22,7 @@ SPLIT = {
 """(D, H/G) -> the kernel that splits the positions over blocks."""
 PLAIN = Kernel("attention_decode", "attention_decode_plain", block=256, **_FIELDS)
 MOST_HEAD_DIM = 256
+MOST_SPLITS = 64
 
 
 class Scratch:
@@ -35,8 +36,10 @@ class Scratch:
         self, rows: int, heads: int, kv_heads: int, head_dim: int, capacity: int, device: torch.device
     ) -> None:
         positions = 16 * 128 // head_dim  # of a block at a time
-        # two blocks an SM at most: more parts cost more to merge than they bring
-        self.splits = max(1, min(ceil_div(capacity, positions), ceil_div(2 * multiprocessors(device), rows * kv_heads)))
+        # a block an SM: more parts cost more to merge than they bring
+        self.splits = max(
+            1, min(ceil_div(capacity, positions), ceil_div(multiprocessors(device), rows * kv_heads), MOST_SPLITS)
+        )
         floats = rows * heads * self.splits * (head_dim + 2)
         self.partial = torch.empty(floats if self.splits > 1 else 0, dtype=torch.float32, device=device)
         self.arrived = torch.zeros(rows * kv_heads, dtype=torch.int32, device=device)

@@ -38,7 +38,7 @@ from s1kernels.backends.cuda.draws import Randomness
 from s1kernels.backends.cuda.frame_graph import FrameGraph
 from s1kernels.backends.cuda.launch import Kernel, Launch
 from s1kernels.backends.cuda.sample_token import Window
-from s1kernels.backends.cuda.support import TILE_ROWS, ceil_div, run, supports, tensors_of, vectorized
+from s1kernels.backends.cuda.support import TILE_ROWS, ceil_div, run, staging, supports, tensors_of, vectorized
 from s1kernels.cache import KVCache
 from s1kernels.model.config import DualARConfig, StackConfig
 from s1kernels.model.weights import LayerWeights, Weights
@@ -200,7 +200,7 @@ class Frame:
             if few:
                 launches.append(
                     ATTENTION_OUTPUT[D, heads // stack.kv_heads].bind(
-                        x.dtype, x.device, grid=ceil_div(stack.dim, TILE_ROWS), shared=2 * rows * (heads * D + 32),
+                        x.dtype, x.device, grid=ceil_div(stack.dim, TILE_ROWS), shared=staging(rows, heads * D, parts=1, loads=4, warps=8)["shared"],
                         qkv=qkv, k_cache=k_cache, v_cache=v_cache, q_norm_weight=w.q_norm, k_norm_weight=w.k_norm,
                         cos_sin=cos_sin, weight=w.wo, bias=w.o_bias, residual=x, out=x, rows=rows, first=first,
                         heads=heads, kv_heads=stack.kv_heads, capacity=k_cache.shape[2], out_dim=stack.dim, eps=eps,

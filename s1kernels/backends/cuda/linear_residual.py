@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from s1kernels.backends.cuda.launch import Kernel, Launch
-from s1kernels.backends.cuda.support import SLICE, TILE_ROWS, ceil_div, run, staging, supports, vectorized
+from s1kernels.backends.cuda.support import SLICE, TILE_ROWS, WARPS, ceil_div, run, staging, supports, vectorized
 from s1kernels.registry import implement
 
 _FIELDS = {"pointers": "x weight bias residual out", "ints": "rows dim out_dim group"}
-TILES = {loads: Kernel("linear_residual", f"linear_residual_tile{loads}", block=256, **_FIELDS) for loads in (4, 8, 12)}
+TILES = {
+    loads: Kernel("linear_residual", f"linear_residual_tile{loads}", block=128, **_FIELDS) for loads in (8, 16, 24)
+}
 PLAIN = Kernel("linear_residual", "linear_residual_plain", block=256, **_FIELDS)
-WARPS = 8
 
 
 def launches(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> list[Launch]:
@@ -20,7 +21,8 @@ def launches(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | 
     kernel, staged = PLAIN, {"group": 0, "shared": 0}
     if vectorized(dim, x, weight):
         each = ceil_div(dim, SLICE * WARPS)  # slices that a warp gets; the fewest loads that hold them at once
-        kernel, staged = TILES[next((n for n in TILES if n >= each), 12)], staging(rows, dim, parts=1)
+        loads = next((n for n in TILES if n >= each), 24)
+        kernel, staged = TILES[loads], staging(rows, dim, parts=1, loads=loads)
     return [
         kernel.bind(
             x.dtype, x.device, grid=ceil_div(out_dim, TILE_ROWS), x=x, weight=weight, bias=bias, residual=residual,

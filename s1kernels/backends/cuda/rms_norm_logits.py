@@ -13,7 +13,7 @@ _FIELDS = {
     "ints": "rows dim out_dim group x_stride logits_stride",
     "floats": "eps",
 }
-TILE = Kernel("rms_norm_logits", "rms_norm_logits_tile", block=256, **_FIELDS)
+TILE = Kernel("rms_norm_logits", "rms_norm_logits_tile", block=128, **_FIELDS)
 STREAM = Kernel("rms_norm_logits", "rms_norm_logits_stream", block=256, **_FIELDS)
 PLAIN = Kernel("rms_norm_logits", "rms_norm_logits_plain", block=256, **_FIELDS)
 
@@ -25,11 +25,11 @@ def launches(
     (rows, dim), out_dim = x.shape, weight.shape[0]
     kernel, grid, staged = PLAIN, ceil_div(out_dim, 8), {"group": 0, "shared": 0}
     if vectorized(dim, x, norm_weight, weight) and x.stride(0) % 8 == 0:
-        staged = staging(rows, dim, parts=2)
+        staged = staging(rows, dim, parts=2, loads=16)
         blocks = 2 * multiprocessors(x.device)
         kernel, grid = TILE, ceil_div(out_dim, 16)
         if grid > 2 * blocks:  # more than are resident at once: stream
-            kernel, grid = STREAM, blocks
+            kernel, grid, staged = STREAM, blocks, staging(rows, dim, parts=2, loads=0)
     return [
         kernel.bind(
             x.dtype, x.device, grid=grid, x=x, norm_weight=norm_weight, weight=weight, logits=logits, normed=normed,

@@ -9,7 +9,7 @@ from s1kernels.backends.cuda.support import ceil_div, run, staging, supports, ve
 from s1kernels.registry import implement
 
 _FIELDS = {"pointers": "x norm_weight weight bias out", "ints": "rows dim out_dim group", "floats": "eps"}
-TILE = Kernel("rms_norm_qkv", "rms_norm_qkv_tile", block=256, **_FIELDS)
+TILE = Kernel("rms_norm_qkv", "rms_norm_qkv_tile", block=128, **_FIELDS)
 PLAIN = Kernel("rms_norm_qkv", "rms_norm_qkv_plain", block=256, **_FIELDS)
 ROWS = {TILE: 16, PLAIN: 8}  # output rows of a block
 
@@ -20,7 +20,7 @@ def launches(
     """The op as launches to be enqueued in this order."""
     (rows, dim), out_dim = x.shape, weight.shape[0]
     kernel = TILE if vectorized(dim, x, norm_weight, weight) else PLAIN
-    staged = staging(rows, dim, parts=2) if kernel is TILE else {"group": 0, "shared": 0}
+    staged = staging(rows, dim, parts=2, loads=16) if kernel is TILE else {"group": 0, "shared": 0}
     return [
         kernel.bind(
             x.dtype, x.device, grid=ceil_div(out_dim, ROWS[kernel]), x=x, norm_weight=norm_weight, weight=weight,

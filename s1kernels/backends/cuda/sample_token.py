@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ def sampling_launches(
     if rows == 0:
         return []
     scratch = torch.empty(scratch_bytes(rows, vocabulary), dtype=torch.uint8, device=device)
-    values = dict(
+    values: dict[str, Any] = dict(
         logits=logits, noise=noise, ras_noise=ras_noise, window=window.tokens, ids=ids, temperature=temperature,
         top_p=top_p, repetition_penalty=repetition_penalty, top_k=top_k, logit_bias=logit_bias, rng=rng, out=out,
         code=code, embedding=embedding, hidden=hidden, next_x=next_x, scratch=scratch, vocabulary=vocabulary,

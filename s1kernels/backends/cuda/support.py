@@ -14,7 +14,8 @@ HALVES = (torch.bfloat16, torch.float16)
 
 TILE_ROWS = 8  # rows of a weight in a tile, as in csrc/cuda/device/gemv.cuh
 SLICE = 32  # columns that a warp's load covers
-STAGED_BYTES = 40 * 1024  # of vectors in shared memory, so that a kernel stays below 48 KB, which every GPU has
+STAGED_BYTES = 40 * 1024  # of vectors in shared memory at most
+WARPS = 4  # of a tile kernel's block
 
 
 def supports(*args: Any) -> str | None:
@@ -44,14 +45,15 @@ def vectorized(dim: int, *tensors: Tensor | None) -> bool:
     return aligned and dim % SLICE == 0 and _vector_bytes(dim, parts=2) <= STAGED_BYTES
 
 
-def staging(rows: int, dim: int, *, parts: int) -> dict[str, int]:
-    """`group` and `shared` of a tile kernel: how many vectors are staged at once, and the bytes that they take.
+def staging(rows: int, dim: int, *, parts: int, loads: int, warps: int = WARPS) -> dict[str, int]:
+    """`group` and `shared` of a tile kernel: how many vectors are staged at once, and the bytes of shared memory.
 
-    `parts` is 2 for normalised vectors, which are kept as a high and a low part.
+    `parts` is 2 for normalised vectors, which are kept as a high and a low part; `loads` the 16-byte copies of weights
+    that a thread has under way.
     """
     each = _vector_bytes(dim, parts)
-    group = max(1, min(rows, 8, STAGED_BYTES // each))
-    return {"group": group, "shared": group * each}
+    group = max(1, min(rows, 8, (STAGED_BYTES if loads <= 16 else STAGED_BYTES // 4) // each))
+    return {"group": group, "shared": group * each + loads * warps * 32 * 16}
 
 
 def run(launches: list[Launch], device: torch.device) -> None:
