@@ -1,7 +1,8 @@
 """Builds s1kernels._C from csrc/build.json with torch's BuildExtension; without torch or a compiler, pure Python.
 
 S1KERNELS_BUILD is auto (the default: with CUDA kernels if there is a GPU and a CUDA toolkit), cuda (an error without
-them; for TORCH_CUDA_ARCH_LIST, else for every GPU), cpu (none of them) or none (pure Python).
+them), cpu (none of them) or none (pure Python). They are compiled for TORCH_CUDA_ARCH_LIST, else for the GPUs here,
+else for every GPU.
 S1KERNELS_REQUIRE_NATIVE=1 makes the absence of the native module an error.
 What was built, or why it was not, goes to s1kernels/_build_info.json, which `s1kernels info` prints.
 """
@@ -50,10 +51,11 @@ def find_gaps(compiler, flags) -> list[str]:
 def plan_cuda(torch, home: str | None) -> str:
     """Enters the CUDA toolkit and what it is to compile for into INFO, or returns why there will be no CUDA kernels."""
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() and not torch.version.hip else 0)
+    present = sorted({gpu for i in gpus if (gpu := torch.cuda.get_device_capability(i)) >= (7, 5)})
     if WANTED == "cpu":
         return "left out by S1KERNELS_BUILD=cpu"
-    if WANTED == "auto" and not gpus:
-        return "torch finds no NVIDIA GPU here (S1KERNELS_BUILD=cuda compiles for one elsewhere)"
+    if WANTED == "auto" and not present:
+        return "torch finds no NVIDIA GPU here, of 7.5 or later (S1KERNELS_BUILD=cuda compiles for one elsewhere)"
     if not (nvcc := home and shutil.which("nvcc", path=os.path.join(home, "bin"))):
         return f"no CUDA toolkit in {home or 'the usual places'} (install one, or set CUDA_HOME to yours)"
     version, archs = (subprocess.check_output([nvcc, flag], text=True) for flag in ("--version", "--list-gpu-arch"))
@@ -62,9 +64,8 @@ def plan_cuda(torch, home: str | None) -> str:
         return f"{nvcc} is CUDA {release[1]}.{release[2]} (install 12.0 or later, and set CUDA_HOME to it)"
     known = [f"{int(a) / 10}" for a in re.findall(r"compute_(\d+)\b", archs) if int(a) >= 75]
     every = [arch for arch in CONFIG["cuda"]["architectures"] if arch in known]
-    present = sorted({torch.cuda.get_device_capability(i) for i in gpus})
-    wanted = [f"{a}.{b}" for a, b in present] if WANTED == "auto" else [*every[:-1], every[-1] + "+PTX"]
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split() or wanted
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    wanted = wanted or [f"{a}.{b}" for a, b in present] or [*every[:-1], every[-1] + "+PTX"]
     if unfit := [arch for arch in wanted if arch.removesuffix("+PTX") not in known]:
         return f"{nvcc} compiles for {', '.join(known)}, not for {', '.join(unfit)} (see TORCH_CUDA_ARCH_LIST)"
     INFO.update(cuda=f"{release[1]}.{release[2]}", architectures=wanted)
@@ -150,7 +151,7 @@ class WriteBuildInfo(Command):
         package.joinpath("_build_info.json").write_text(json.dumps(INFO, indent=2) + "\n")
         outcome = f"PURE PYTHON: {INFO['reason']}" if INFO["reason"] else f"native, built by {INFO['compiler']}"
         if not INFO["reason"]:
-            compiled = f"compiled by {INFO['cuda']} for {', '.join(INFO['architectures'])}"
+            compiled = f"compiled by CUDA {INFO['cuda']} for {', '.join(INFO['architectures'])}"
             outcome += f"; CUDA kernels {compiled if INFO['cuda'] else 'left out: ' + INFO['cuda_reason']}"
         print(f"s1kernels: {outcome}", file=sys.stderr)
 

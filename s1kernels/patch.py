@@ -108,7 +108,7 @@ def patch(
         config = read_config(model, line)
         weights = read_weights(model, config)
         cache = _PATCHED[model].cache if model in _PATCHED else UpstreamCache(config, model, FIRST_CAPACITY)
-        options = {"backend": backend, "graph": graph, "constrained": constrained}
+        options: dict[str, Any] = {"backend": backend, "graph": graph, "constrained": constrained}
         engine = Engine(config, weights, cache=cache, **options)
         result = _result_class(model)
         _PATCHED[model] = _Patched(line, options, cache, engine, list(storage(model)), modules, result)

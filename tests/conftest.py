@@ -24,6 +24,15 @@ def pytest_report_header() -> str:
     return f"s1kernels {s1kernels.__version__} from {s1kernels.__path__[0]}; {backends}"
 
 
+@pytest.fixture
+def exact_float32():
+    """Matrix products in float32 are just that on a GPU, not TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
     """One checkpoint directory of each kind, not to be changed."""

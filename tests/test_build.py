@@ -221,7 +221,7 @@ def test_cuda_kernels_are_compiled_for_the_architectures_asked_for(tree: Path, t
     info = fresh.installed_info()
     assert info["architectures"] == ["7.5", "8.6", "9.0+PTX"]
     assert re.fullmatch(r"\d+\.\d+", info["cuda"]) and not info["cuda_reason"]
-    said = f"native, built by .*; CUDA kernels compiled by {info['cuda']} for 7.5, 8.6, 9.0\\+PTX"
+    said = f"native, built by .*; CUDA kernels compiled by CUDA {info['cuda']} for 7.5, 8.6, 9.0\\+PTX"
     assert re.search(said, result.stdout + result.stderr)
     for code in ("compute_75,code=[sm_75]", "compute_86,code=[sm_86]", "compute_90,code=[sm_90,compute_90]"):
         assert f"-gencode=arch={code}" in result.stdout + result.stderr

@@ -23,8 +23,8 @@ from fish_speech.tokenizer import ALL_SPECIAL_TOKENS, FishTokenizer
 from safetensors.torch import save_file
 
 from s1kernels.engine import Engine
-from s1kernels.sampling import Sampling
 from s1kernels.model.checkpoint import load
+from s1kernels.sampling import Sampling
 from s1kernels.testing import rel_error
 
 

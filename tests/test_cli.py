@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -39,9 +40,11 @@ def test_info_in_words_and_in_json():
 
 def test_verify_runs_the_contract_and_fails_when_it_must(monkeypatch, capsys):
     assert cli.main(["verify", "--op", "linear_residual", "--json"]) == 0
-    outcomes = json.loads(capsys.readouterr().out)["outcomes"]
-    backends = {name for name, available in registry.BACKENDS.items() if available() is None}
-    assert {o["backend"] for o in outcomes} == backends
+    result = json.loads(capsys.readouterr().out)
+    outcomes, device = result["outcomes"], "cuda" if torch.cuda.is_available() else "cpu"
+    backends = {name for name in registry.ORDER[device] if registry.BACKENDS[name]() is None}
+    assert result["device"] == device and {o["backend"] for o in outcomes} == backends
+    assert bool(result["gpu"]) == (device == "cuda") and len({o["offset"] for o in outcomes}) == 1 + bool(result["gpu"])
     assert all(o["complaint"] is None and o["error"] <= o["tolerance"] for o in outcomes)
 
     wrong = registry.Impl("reference", lambda *args: args[-1].zero_())
@@ -58,22 +61,56 @@ def test_verify_of_a_back_end_that_is_not_there_says_why(monkeypatch, capsys):
     assert "cannot run here: no compiler was found" in capsys.readouterr().err
 
 
+def test_verify_names_what_a_back_end_refuses(monkeypatch, capsys):
+    impl = registry.OPS["swiglu"].impls["reference"]
+
+    def supports(gate, up):
+        return "no half precision" if gate.dtype == torch.float16 else None
+
+    monkeypatch.setitem(registry.OPS["swiglu"].impls, "reference", registry.Impl("reference", impl.run, supports))
+    assert cli.main(["verify", "--op", "swiglu", "--backend", "reference", "--device", "cpu"]) == 0
+    checks = len(registry.OPS["swiglu"].cases)
+    words = " ".join(capsys.readouterr().out.split())
+    assert f"on cpu, {2 * checks} checks" in words
+    assert f"{checks} checks did not run, swiglu by reference: no half precision" in words
+
+
+def test_verify_finds_a_device_for_a_back_end(capsys):
+    assert cli.main(["verify", "--backend", "cpu", "--device", "cuda"]) == 2
+    assert re.search("serves no cuda tensors|needs a GPU", capsys.readouterr().err)
+    if registry.BACKENDS["cpu"]() is None:
+        assert cli.main(["verify", "--backend", "cpu", "--op", "swiglu"]) == 0
+        assert "ran on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["verify", "demo"])
+def test_a_gpu_that_is_not_there_is_an_error(command, capsys):
+    assert cli.main([command, "--device", "cuda"]) == 2
+    assert f"s1kernels {command}: --device cuda needs a GPU: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))],
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_demo_times_upstream_against_patched(dtype, monkeypatch, capsys):
+def test_demo_times_upstream_against_patched(dtype, device, monkeypatch, capsys):
     tiny = dict(
         vocab_size=4500, n_layer=2, dim=64, n_head=4, n_local_heads=2, head_dim=16, intermediate_size=96, n_fast_layer=1
     )
     fast = dict(fast_dim=64, fast_n_head=4, fast_n_local_heads=2, fast_head_dim=16, fast_intermediate_size=96)
     monkeypatch.setattr(demo, "SMALL", demo.SMALL | tiny | fast)
-    assert (
-        cli.main(["demo", "--small", "--context", "12", "--frames", "4", "--cache", "64", "--dtype", dtype, "--json"])
-        == 0
-    )
+    command = ["demo", "--small", "--context", "12", "--frames", "4", "--cache", "64", "--device", device]
+    assert cli.main([*command, "--dtype", dtype, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert "small model" in result["model"] and result["dtype"] == dtype
     assert result["agrees"] and result["logit_error"]["patched"] <= max(result["logit_error"]["unpatched"], 1e-5)
     assert set(result["seconds_per_frame"]) == {"unpatched", "patched"} and len(result["speedup_rounds"]) == demo.ROUNDS
-    assert cli.main(["demo", "--small", "--context", "12", "--frames", "4", "--cache", "64"]) == 0
+    assert result["device"] == device and set(result["gpu"]) >= (
+        {"name", "driver", "provider"} if device == "cuda" else set()
+    )
+    assert cli.main(command) == 0
     table = capsys.readouterr().out
     for text in ("ms/frame", "frames/s", "times real time", "GB/s", "unpatched", "patched", "agree"):
         assert text in table

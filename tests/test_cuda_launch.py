@@ -82,6 +82,7 @@ int cuModuleGetFunction(u64* function, u64 module, const char* name) {
   *function = 77;
   return strcmp(name, "scale_float16") ? 500 : 0;
 }
+int cuFuncLoad(u64 function) { return depth ? 0 : 201; }
 int cuFuncGetParamInfo(u64 function, size_t index, size_t* offset, size_t* size) { *size = 24; return 0; }
 int cuFuncSetAttribute(u64 function, int which, int value) {
   printf("{\"attribute\": [%d, %d]}\n", which, value);

@@ -361,4 +361,4 @@ def test_every_provider_has_every_kernel(name):
                 continue  # another test's
             found = providers.function(kernel.source, kernel.name, torch.float16, CUDA)
             assert found
-            assert driver.argument_bytes(found) in (None, kernel.argument_bytes), kernel.name
+            assert driver.load_function(found, 0) in (None, kernel.argument_bytes), kernel.name

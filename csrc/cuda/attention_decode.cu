@@ -44,39 +44,12 @@ struct AttentionDecodeArgs {
 constexpr int kAttentionWarps = 8;
 constexpr int kMostSplits = 64;
 
-// A block's part of the positions of one head, and what of it a lane has loaded.
-template <class T, int kDim>
-struct Positions {
-  using Head = HeadLanes<kDim>;
-  static constexpr int kStep = kAttentionWarps * Head::kSlots;  // positions that the block reads with one load a lane
-  static constexpr int kLoads = 2;
-  static constexpr int kBlock = kLoads * kStep;
-
-  T* k_row;
-  T* v_row;
-  int end, stored;  // positions before `stored` are in the cache
-  Vec16 k[kLoads], v[kLoads];
-
-  static __device__ __forceinline__ int of(int start, int i) {
-    return start + i * kStep + warp_id() * Head::kSlots + Head::slot();
-  }
-  __device__ __forceinline__ void load(int start) {
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int64 at = static_cast<int64>(of(start, i)) * kDim + Head::column();
-      if (of(start, i) >= stored) continue;
-      k[i] = load_vec(k_row + at);
-      v[i] = load_vec(v_row + at);
-    }
-  }
-};
-
 // k of the new position, normalised and rotated, and v: into the cache, and into the registers of the lanes that will
 // want them. One warp of one block has it among its positions.
 template <class T, int kDim>
 __device__ __forceinline__ void append_position(const AttentionDecodeArgs& a, const T* qkv, int g, int position,
                                                 int start, const Vec16& norm, const Vec16& angles,
-                                                Positions<T, kDim>& p) {
+                                                Positions<T, kDim, kAttentionWarps, 2>& p) {
   using Head = HeadLanes<kDim>;
   const int column = Head::column();
 #pragma unroll
@@ -97,7 +70,7 @@ __device__ __forceinline__ void append_position(const AttentionDecodeArgs& a, co
 template <class T, int kDim, int kGroup>
 __device__ __forceinline__ void attention_decode_split(const AttentionDecodeArgs& a) {
   using Head = HeadLanes<kDim>;
-  using Part = Positions<T, kDim>;
+  using Part = Positions<T, kDim, kAttentionWarps, 2>;
   constexpr int kItem = kDim + 2;
   __shared__ float merged[kAttentionWarps][kGroup][kItem];
   __shared__ float parts[kMostSplits][kGroup][2];  // total and top

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import s1kernels
 from s1kernels import registry
@@ -34,7 +34,7 @@ def execute(options: argparse.Namespace) -> int:
         return 0
     console = Console()
     for title in ("platform", "torch", "build", "cuda"):
-        table = Table(title=title, title_justify="left", show_header=False, box=None)
+        table = Table("", Column(overflow="fold"), title=title, title_justify="left", show_header=False, box=None)
         for name, value in facts[title].items():
             table.add_row(f"  {name}", ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
         console.print(table)

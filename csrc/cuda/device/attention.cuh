@@ -52,6 +52,33 @@ __device__ __forceinline__ float head_dot(const float (&q)[8], const Vec16& k) {
   return warp_sum<HeadLanes<kDim>::kLanes>(sum);
 }
 
+// A block's part of the positions of one head, read by kWarps warps, and the kLoads positions that a lane has loaded.
+template <class T, int kDim, int kWarps, int kDepth>
+struct Positions {
+  using Head = HeadLanes<kDim>;
+  static constexpr int kStep = kWarps * Head::kSlots;  // positions that the warps read with one load a lane
+  static constexpr int kLoads = kDepth;
+  static constexpr int kBlock = kLoads * kStep;
+
+  T* k_row;
+  T* v_row;
+  int end, stored;  // positions before `stored` are in the cache
+  Vec16 k[kLoads], v[kLoads];
+
+  static __device__ __forceinline__ int of(int start, int i) {
+    return start + i * kStep + warp_id() * Head::kSlots + Head::slot();
+  }
+  __device__ __forceinline__ void load(int start) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int64 at = static_cast<int64>(of(start, i)) * kDim + Head::column();
+      if (of(start, i) >= stored) continue;
+      k[i] = load_vec(k_row + at);
+      v[i] = load_vec(v_row + at);
+    }
+  }
+};
+
 // Softmax-weighted sum in the making: weights are 2^(score - top), total their sum.
 struct SoftmaxSum {
   float top, total, value[8];

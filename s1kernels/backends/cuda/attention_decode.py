@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,7 @@ def launches(
     """The op as launches to be enqueued in this order; `ahead` is added to `length`, so that it may hold positions."""
     rows, heads, head_dim = q.shape
     caches, kv_heads, capacity, _ = k_cache.shape
-    common = dict(
+    common: dict[str, Any] = dict(
         q=q, k_cache=k_cache, v_cache=v_cache, length=length, out=out, rows=rows, caches=caches, heads=heads,
         kv_heads=kv_heads, head_dim=head_dim, capacity=capacity, ahead=ahead, append=0, eps=0.0, q_norm_weight=None,
         k_norm_weight=None, cos_sin=None,

@@ -11,28 +11,15 @@ import torch
 from torch import Tensor
 
 from s1kernels.backends.cuda import (
-    attention_decode as attention,
-)
-from s1kernels.backends.cuda import (
-    embed_frame as embed,
-)
-from s1kernels.backends.cuda import (
-    linear_residual as linear,
-)
-from s1kernels.backends.cuda import (
-    qk_norm_rotary_append as rotary,
-)
-from s1kernels.backends.cuda import (
-    rms_norm_logits as head_op,
-)
-from s1kernels.backends.cuda import (
-    rms_norm_qkv as qkv_op,
-)
-from s1kernels.backends.cuda import (
-    rms_norm_swiglu as swiglu_op,
-)
-from s1kernels.backends.cuda import (
-    sample_token as sampling,
+    attention_decode,
+    embed_frame,
+    linear_residual,
+    persistent_frame,
+    qk_norm_rotary_append,
+    rms_norm_logits,
+    rms_norm_qkv,
+    rms_norm_swiglu,
+    sample_token,
 )
 from s1kernels.backends.cuda.draws import Randomness
 from s1kernels.backends.cuda.frame_graph import FrameGraph
@@ -74,6 +61,8 @@ class Frame:
             for field in fields(part):
                 _check_weight(field.name, getattr(part, field.name), head)
         self.config, self.weights, self.head, self.fast_rows = config, weights, head, fast_rows
+        self.persistent = persistent_frame.refusal(config, weights, head, fast_rows)
+        """Why the persistent kernel does not serve this model, or None."""
 
     def decoder(self, rows: Rows, cache: KVCache) -> FrameGraph:
         """What decodes frame after frame by replaying one CUDA graph."""
@@ -106,7 +95,7 @@ class Frame:
         """The slow transformer alone: logits [B, V] float32, hidden (before the last norm) and normed [B, C]."""
         launches = [
             *self._slow(tokens, position, k_caches, v_caches, hidden),
-            *head_op.launches(hidden, self.weights.norm, self.head, self.config.norm_eps, logits, normed),
+            *rms_norm_logits.launches(hidden, self.weights.norm, self.head, self.config.norm_eps, logits, normed),
         ]
         run(launches, tokens.device)
 
@@ -120,18 +109,18 @@ class Frame:
         x, normed = (self.head.new_empty(B, c.slow.dim) for _ in range(2))
         fast_x = self.head.new_empty(2 * B, c.fast.dim)
         launches = self._slow(tokens, position, k_caches, v_caches, x)
-        launches += head_op.launches(x, w.norm, self.head, c.norm_eps, main_logits, normed)
+        launches += rms_norm_logits.launches(x, w.norm, self.head, c.norm_eps, main_logits, normed)
         hidden = normed if c.norm_fast_input else x
         if w.project_weight is not None:
             projected = self.head.new_empty(B, c.fast.dim)
-            launches += linear.launches(hidden, w.project_weight, w.project_bias, None, projected)
+            launches += linear_residual.launches(hidden, w.project_weight, w.project_bias, None, projected)
             hidden = projected
         common = dict(
             **scalars, rng=random.state, rng_uniform=random.uniform, semantic_begin=c.semantic_begin,
             semantic_end=c.semantic_end, codebook_size=c.codebook_size, rows=B, dim=c.fast.dim,
             out_stride=out.shape[1],
         )  # fmt: skip
-        launches += sampling.sampling_launches(
+        launches += sample_token.sampling_launches(
             self.head.dtype, self.head.device, logits=main_logits, noise=random.main, ras_noise=random.ras,
             window=main_window, ids=ids, logit_bias=logit_bias, rng_offset=0,
             ras_rng_offset=random.ras_offset, rng_threads=random.main_threads, out=out[:, 0], code=out[:, 1],
@@ -146,9 +135,9 @@ class Frame:
             passed = fast_x if pair else fast_x[:B]
             launches += self._stack(c.fast, w.fast, passed, k_caches, v_caches, w.fast_cos_sin, first=0 if pair else i)
             last = fast_x[1::2] if pair else passed
-            launches += head_op.launches(last, w.fast_norm, fast_head, c.norm_eps, fast_logits[:, i - 1], None)
+            launches += rms_norm_logits.launches(last, w.fast_norm, fast_head, c.norm_eps, fast_logits[:, i - 1], None)
             onward = i + 1 < c.codebooks
-            launches += sampling.sampling_launches(
+            launches += sample_token.sampling_launches(
                 self.head.dtype, self.head.device, logits=fast_logits[:, i - 1],
                 noise=None if random.fast is None else random.fast[:, i - 1], ras_noise=None,
                 window=fast_windows[i - 1] if fast_windows else Window(), ids=None, logit_bias=None,
@@ -164,7 +153,7 @@ class Frame:
     ) -> list[Launch]:
         """Embedding and slow stack; x [B, C] receives the hidden state before the last norm."""
         c, w = self.config, self.weights
-        embedded = embed.launches(
+        embedded = embed_frame.launches(
             tokens, w.text_embedding, w.codebook_embedding, c.semantic_begin, c.semantic_end,
             c.scale_codebook_embeddings, x, pdl=False,
         )  # fmt: skip
@@ -181,10 +170,10 @@ class Frame:
         heads, D = stack.heads, stack.head_dim
         qkv, attended = x.new_empty(rows, stack.qkv_rows), x.new_empty(rows, heads * D)
         q, gated = x.new_empty(rows, heads, D), x.new_empty(rows, stack.intermediate)
-        refused = attention.refusal(D, heads, stack.kv_heads, x, cos_sin, *k_caches, *v_caches)
+        refused = attention_decode.refusal(D, heads, stack.kv_heads, x, cos_sin, *k_caches, *v_caches)
         scratch = None
         if not refused:
-            scratch = attention.Scratch(rows, heads, stack.kv_heads, D, k_caches[0].shape[2], x.device)
+            scratch = attention_decode.Scratch(rows, heads, stack.kv_heads, D, k_caches[0].shape[2], x.device)
         few = (
             position is None and not refused and caches == 1 and (D, heads // stack.kv_heads) in ATTENTION_OUTPUT
             and self.config.codebooks <= MOST_FAST_POSITIONS and vectorized(heads * D, x, *(w.wo for w in layers))
@@ -195,7 +184,7 @@ class Frame:
             here = position
         launches: list[Launch] = []
         for w, k_cache, v_cache in zip(layers, k_caches, v_caches, strict=True):
-            launches += qkv_op.launches(x, w.attention_norm, w.wqkv, w.qkv_bias, eps, qkv)
+            launches += rms_norm_qkv.launches(x, w.attention_norm, w.wqkv, w.qkv_bias, eps, qkv)
             given = (w.q_norm, w.k_norm, cos_sin)
             if few:
                 launches.append(
@@ -207,17 +196,17 @@ class Frame:
                     )
                 )  # fmt: skip
             elif position is not None and scratch is not None:
-                launches += attention.append_launches(
+                launches += attention_decode.append_launches(
                     qkv, *given, here, k_cache, v_cache, eps, attended.view(rows, heads, D), scratch
                 )
-                launches += linear.launches(attended, w.wo, w.o_bias, x, x)
+                launches += linear_residual.launches(attended, w.wo, w.o_bias, x, x)
             else:
-                launches += rotary.launches(qkv, *given, here, k_cache, v_cache, eps, q)
+                launches += qk_norm_rotary_append.launches(qkv, *given, here, k_cache, v_cache, eps, q)
                 out = attended.view(rows, heads, D)
-                launches += attention.launches(q, k_cache, v_cache, here, out, scratch, ahead=1)
-                launches += linear.launches(attended, w.wo, w.o_bias, x, x)
-            launches += swiglu_op.launches(x, w.ffn_norm, w.w1, w.w3, eps, gated)
-            launches += linear.launches(gated, w.w2, None, x, x)
+                launches += attention_decode.launches(q, k_cache, v_cache, here, out, scratch, ahead=1)
+                launches += linear_residual.launches(attended, w.wo, w.o_bias, x, x)
+            launches += rms_norm_swiglu.launches(x, w.ffn_norm, w.w1, w.w3, eps, gated)
+            launches += linear_residual.launches(gated, w.w2, None, x, x)
         return launches
 
     def _fast_caches(self, rows: int) -> list[Tensor]:
@@ -239,8 +228,8 @@ def _check_weight(name: str, weight: object, head: Tensor) -> None:
 def _supports(*args: object) -> str | None:
     config = DualARConfig.from_json(str(args[-1]))
     for stack in (config.slow, config.fast):
-        if stack.head_dim > attention.MOST_HEAD_DIM:
-            return f"head_dim is {stack.head_dim}; the kernels take {attention.MOST_HEAD_DIM} at most"
+        if stack.head_dim > attention_decode.MOST_HEAD_DIM:
+            return f"head_dim is {stack.head_dim}; the kernels take {attention_decode.MOST_HEAD_DIM} at most"
     return supports(*args)
 
 

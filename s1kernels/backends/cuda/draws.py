@@ -43,6 +43,11 @@ class Draws:
         main, fast = torch_offset(device, vocabulary), torch_offset(device, fast_rows)
         before = 2 * main if config.line == "2.0" else main
         self._ras_offset = main
+        self.offsets = {
+            "main_threads": self._main_threads, "fast_threads": self._fast_threads, "fast_offset": before,
+            "fast_step": fast,
+        }  # fmt: skip
+        """The same as `persistent_frame` takes it."""
         self._fast_offsets = tuple(before + i * fast for i in range(config.codebooks - 1))
         self.numbers = before + (config.codebooks - 1) * fast
         """By how much a frame moves the generator's offset on."""

@@ -109,12 +109,17 @@ class Module:
         return handle.value or 0
 
 
-def argument_bytes(function: int) -> int | None:
-    """The size of a kernel's one argument; None if the driver is too old to tell (it must be of CUDA 12.4)."""
-    if not driver().has("cuFuncGetParamInfo"):
+def load_function(function: int, device: int) -> int | None:
+    """Have a kernel's code on the GPU before it is launched, since a graph capture forbids loading.
+
+    Returns the size of its one argument; None if the driver is too old to tell (it must be of CUDA 12.4).
+    """
+    if not driver().has("cuFuncLoad"):
         return None
     offset, size = c_size_t(), c_size_t()
-    driver()("cuFuncGetParamInfo", c_void_p(function), c_size_t(0), byref(offset), byref(size))
+    with Current(context(device)):
+        driver()("cuFuncLoad", c_void_p(function))
+        driver()("cuFuncGetParamInfo", c_void_p(function), c_size_t(0), byref(offset), byref(size))
     return size.value
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from s1kernels.backends.cuda import persistent_frame
 from s1kernels.backends.cuda.draws import Draws
 from s1kernels.backends.cuda.launch import Kernel, Launch, current_stream
 from s1kernels.backends.cuda.sample_token import Window
@@ -163,15 +164,23 @@ class FrameGraph:
             fast = [Window(self._window[i], W) for i in range(2, config.codebooks + 1)]
         else:
             main, fast = Window(self._window[0], W), []
-        launches = self.frame.launches(
-            self._tokens, self._position, self.cache.k, self.cache.v, main, fast, self._draws.randomness(self._random),
-            self._scalars, self.rows.ids, self.rows.bias, self.main_logits, self.fast_logits, self._codes,
-        )  # fmt: skip
         advance = ADVANCE.bind(
             self.frame.head.dtype, self.device, grid=1, tokens=self._tokens, codes=self._codes,
             position=self._position, window=self._window, index=self._index, random=self._random,
             codebooks=config.codebooks, width=W, fill_first=int(config.line == "s1"),
             random_numbers=self._draws.numbers,
+        )  # fmt: skip
+        if self.frame.persistent is None:
+            launches = persistent_frame.launches(
+                config, self.frame.weights, self.frame.head, tokens=self._tokens, position=self._position,
+                k_caches=self.cache.k, v_caches=self.cache.v, window=self._window, ids=self.rows.ids,
+                scalars=self._scalars, rng=self._random, main_logits=self.main_logits, fast_logits=self.fast_logits,
+                out=self._codes, **self._draws.offsets,
+            )  # fmt: skip
+            return [*launches, advance]
+        launches = self.frame.launches(
+            self._tokens, self._position, self.cache.k, self.cache.v, main, fast, self._draws.randomness(self._random),
+            self._scalars, self.rows.ids, self.rows.bias, self.main_logits, self.fast_logits, self._codes,
         )  # fmt: skip
         return [*launches, advance]
 

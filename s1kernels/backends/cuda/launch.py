@@ -128,7 +128,7 @@ class Kernel:
     def _prepare(self, function: int, index: int, shared: int) -> None:
         """Before the first launch of a function, and before one with more shared memory than it may have."""
         with _lock:
-            size = driver.argument_bytes(function)
+            size = driver.load_function(function, index)
             if size not in (None, self.argument_bytes):
                 raise RuntimeError(
                     f"kernel {self.name} takes {size} bytes of arguments, not {self.argument_bytes}: the compiled code "

@@ -5,7 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from s1kernels.backends.cuda.launch import Kernel, Launch
-from s1kernels.backends.cuda.support import SLICE, TILE_ROWS, WARPS, ceil_div, run, staging, supports, vectorized
+from s1kernels.backends.cuda.support import (
+    SLICE,
+    TILE_ROWS,
+    UNSTAGED,
+    WARPS,
+    ceil_div,
+    run,
+    staging,
+    supports,
+    vectorized,
+)
 from s1kernels.registry import implement
 
 _FIELDS = {"pointers": "x weight bias residual out", "ints": "rows dim out_dim group"}
@@ -18,7 +28,7 @@ PLAIN = Kernel("linear_residual", "linear_residual_plain", block=256, **_FIELDS)
 def launches(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> list[Launch]:
     """The op as launches to be enqueued in this order."""
     (rows, dim), out_dim = x.shape, weight.shape[0]
-    kernel, staged = PLAIN, {"group": 0, "shared": 0}
+    kernel, staged = PLAIN, UNSTAGED
     if vectorized(dim, x, weight):
         each = ceil_div(dim, SLICE * WARPS)  # slices that a warp gets; the fewest loads that hold them at once
         loads = next((n for n in TILES if n >= each), 24)

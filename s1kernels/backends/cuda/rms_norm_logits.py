@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from s1kernels.backends.cuda.launch import Kernel, Launch, multiprocessors
-from s1kernels.backends.cuda.support import ceil_div, run, staging, supports, vectorized
+from s1kernels.backends.cuda.support import UNSTAGED, ceil_div, run, staging, supports, vectorized
 from s1kernels.registry import implement
 
 _FIELDS = {
@@ -21,9 +21,9 @@ PLAIN = Kernel("rms_norm_logits", "rms_norm_logits_plain", block=256, **_FIELDS)
 def launches(
     x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, logits: Tensor, normed: Tensor | None
 ) -> list[Launch]:
-    """The op as launches to be enqueued in this order. Rows of `x` and `logits` may be further apart than their length."""
+    """The op as launches to be enqueued in this order. Rows of `x` and `logits` may be any distance apart."""
     (rows, dim), out_dim = x.shape, weight.shape[0]
-    kernel, grid, staged = PLAIN, ceil_div(out_dim, 8), {"group": 0, "shared": 0}
+    kernel, grid, staged = PLAIN, ceil_div(out_dim, 8), UNSTAGED
     if vectorized(dim, x, norm_weight, weight) and x.stride(0) % 8 == 0:
         staged = staging(rows, dim, parts=2, loads=16)
         blocks = 2 * multiprocessors(x.device)

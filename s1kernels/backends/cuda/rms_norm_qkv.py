@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from s1kernels.backends.cuda.launch import Kernel, Launch
-from s1kernels.backends.cuda.support import ceil_div, run, staging, supports, vectorized
+from s1kernels.backends.cuda.support import UNSTAGED, ceil_div, run, staging, supports, vectorized
 from s1kernels.registry import implement
 
 _FIELDS = {"pointers": "x norm_weight weight bias out", "ints": "rows dim out_dim group", "floats": "eps"}
@@ -20,7 +20,7 @@ def launches(
     """The op as launches to be enqueued in this order."""
     (rows, dim), out_dim = x.shape, weight.shape[0]
     kernel = TILE if vectorized(dim, x, norm_weight, weight) else PLAIN
-    staged = staging(rows, dim, parts=2, loads=16) if kernel is TILE else {"group": 0, "shared": 0}
+    staged = staging(rows, dim, parts=2, loads=16) if kernel is TILE else UNSTAGED
     return [
         kernel.bind(
             x.dtype, x.device, grid=ceil_div(out_dim, ROWS[kernel]), x=x, norm_weight=norm_weight, weight=weight,

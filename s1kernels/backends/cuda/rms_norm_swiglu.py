@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from s1kernels.backends.cuda.launch import Kernel, Launch
-from s1kernels.backends.cuda.support import TILE_ROWS, ceil_div, run, staging, supports, vectorized
+from s1kernels.backends.cuda.support import TILE_ROWS, UNSTAGED, ceil_div, run, staging, supports, vectorized
 from s1kernels.registry import implement
 
 _FIELDS = {"pointers": "x norm_weight w1 w3 out", "ints": "rows dim out_dim group", "floats": "eps"}
@@ -17,7 +17,7 @@ def launches(x: Tensor, norm_weight: Tensor, w1: Tensor, w3: Tensor, eps: float,
     """The op as launches to be enqueued in this order."""
     (rows, dim), out_dim = x.shape, w1.shape[0]
     tiled = vectorized(dim, x, norm_weight, w1, w3)
-    staged = staging(rows, dim, parts=2, loads=16) if tiled else {"group": 0, "shared": 0}
+    staged = staging(rows, dim, parts=2, loads=16) if tiled else UNSTAGED
     return [
         (TILE if tiled else PLAIN).bind(
             x.dtype, x.device, grid=ceil_div(out_dim, TILE_ROWS), x=x, norm_weight=norm_weight, w1=w1, w3=w3, out=out,

@@ -17,6 +17,9 @@ SLICE = 32  # columns that a warp's load covers
 STAGED_BYTES = 40 * 1024  # of vectors in shared memory at most
 WARPS = 4  # of a tile kernel's block
 
+UNSTAGED: dict[str, Any] = {"group": 0, "shared": 0}
+"""What `staging` is to a kernel that stages nothing."""
+
 
 def supports(*args: Any) -> str | None:
     """Why the kernels cannot take these arguments, or None."""
@@ -45,7 +48,7 @@ def vectorized(dim: int, *tensors: Tensor | None) -> bool:
     return aligned and dim % SLICE == 0 and _vector_bytes(dim, parts=2) <= STAGED_BYTES
 
 
-def staging(rows: int, dim: int, *, parts: int, loads: int, warps: int = WARPS) -> dict[str, int]:
+def staging(rows: int, dim: int, *, parts: int, loads: int, warps: int = WARPS) -> dict[str, Any]:
     """`group` and `shared` of a tile kernel: how many vectors are staged at once, and the bytes of shared memory.
 
     `parts` is 2 for normalised vectors, which are kept as a high and a low part; `loads` the 16-byte copies of weights

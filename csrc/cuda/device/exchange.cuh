@@ -1,0 +1,78 @@
+// How the blocks of a persistent kernel pass activations on: a word is its own flag.
+//
+// Before the kernel starts, all words hold kEmpty. A writer stores a word once; a reader polls until it is not kEmpty.
+// No store has to be ordered with another, so that a hand-over is one store and one load, and no barrier. Conversions
+// to bfloat16, float16 and float32 never produce kEmpty: their NaN is another.
+// Every wait is bounded: after kPatientPolls a reader gives up for the whole kernel and says so in `abandoned`.
+#pragma once
+
+#include "vec.cuh"
+
+namespace s1 {
+
+constexpr uint32 kEmpty = 0xffffffffu;
+constexpr int kPatientPolls = 1 << 16;  // well below 1 s; Windows resets a GPU that does not answer for 2 s
+
+__device__ __forceinline__ void put_word(uint32* at, uint32 word) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(word) : "memory");
+}
+__device__ __forceinline__ void put_float(uint32* at, float x) { put_word(at, __float_as_uint(x)); }
+
+__device__ __forceinline__ Vec16 peek4(const uint32* at) {
+  Vec16 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(at)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ uint2 peek2(const uint32* at) {
+  uint2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at) : "memory");
+  return v;
+}
+
+// A reader's patience.
+struct Waiting {
+  int* abandoned;  // global: set once any reader has given up
+  bool given_up;
+
+  // Whether to poll once more, after poll number n.
+  __device__ __forceinline__ bool again(int n) {
+    if (given_up) return false;
+    if (n % 1024 != 1023) return true;
+    if (n >= kPatientPolls) atomicExch(abandoned, 1);
+    given_up = *static_cast<volatile int*>(abandoned) != 0;
+    return !given_up;
+  }
+  __device__ __forceinline__ Vec16 take4(const uint32* at) {
+    Vec16 v = peek4(at);
+    for (int n = 0; v.word[0] == kEmpty || v.word[1] == kEmpty || v.word[2] == kEmpty || v.word[3] == kEmpty; ++n) {
+      if (!again(n)) break;
+      v = peek4(at);
+    }
+    return v;
+  }
+  __device__ __forceinline__ uint2 take2(const uint32* at) {
+    uint2 v = peek2(at);
+    for (int n = 0; v.x == kEmpty || v.y == kEmpty; ++n) {
+      if (!again(n)) break;
+      v = peek2(at);
+    }
+    return v;
+  }
+  // A word that is written over and over: it comes with a tag that says which writing it is.
+  __device__ __forceinline__ float take_tagged(const uint32* at, uint32 tag) {
+    uint2 v = peek2(at);
+    for (int n = 0; v.y != tag; ++n) {
+      if (!again(n)) break;
+      v = peek2(at);
+    }
+    return __uint_as_float(v.x);
+  }
+};
+__device__ __forceinline__ void put_tagged(uint32* at, float x, uint32 tag) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(__float_as_uint(x)), "r"(tag) : "memory");
+}
+
+}  // namespace s1

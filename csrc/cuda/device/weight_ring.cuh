@@ -1,0 +1,79 @@
+// A stream of weights through shared memory: one warp copies units in the order in which the others will want them,
+// across the borders of phases, and never waits for activations.
+//
+// A unit is two rows of 1024 16-bit weights. sm_90 and later: bulk copies that complete on an mbarrier.
+#pragma once
+
+#include "vec.cuh"
+
+namespace s1 {
+
+constexpr int kUnitColumns = 1024;
+constexpr int kUnitBytes = 2 * kUnitColumns * 2;
+
+__device__ __forceinline__ uint32 shared_address(const void* p) {
+  return static_cast<uint32>(__cvta_generic_to_shared(p));
+}
+
+#if S1_ARCH >= 900
+__device__ __forceinline__ void barrier_init(uint64* b) {
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(b)) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(uint64* b, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint64* b) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
+}
+__device__ __forceinline__ bool barrier_done(uint64* b, uint32 parity) {
+  uint32 done;
+  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(done)
+               : "r"(shared_address(b)), "r"(parity)
+               : "memory");
+  return done != 0;
+}
+__device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, uint64* b) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(b))
+               : "memory");
+}
+__device__ __forceinline__ void barriers_visible() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+#else  // never launched there
+__device__ __forceinline__ void barrier_init(uint64*) {}
+__device__ __forceinline__ void barrier_expect(uint64*, int) {}
+__device__ __forceinline__ void barrier_arrive(uint64*) {}
+__device__ __forceinline__ bool barrier_done(uint64*, uint32) { return true; }
+__device__ __forceinline__ void bulk_copy(void*, const void*, int, uint64*) {}
+__device__ __forceinline__ void barriers_visible() {}
+#endif
+
+__device__ __forceinline__ void barrier_wait(uint64* b, uint32 parity) {
+  while (!barrier_done(b, parity)) {
+  }
+}
+
+// Slot and parity of the unit that comes next.
+template <int kSlots>
+struct RingCursor {
+  int slot;
+  uint32 parity;
+
+  __device__ __forceinline__ void advance(int units) {
+    slot += units;
+    while (slot >= kSlots) {
+      slot -= kSlots;
+      parity ^= 1u;
+    }
+  }
+  __device__ __forceinline__ RingCursor ahead(int units) const {
+    RingCursor c = *this;
+    c.advance(units);
+    return c;
+  }
+};
+
+}  // namespace s1

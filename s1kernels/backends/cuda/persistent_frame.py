@@ -1,0 +1,201 @@
+"""The frame as one persistent kernel, csrc/cuda/persistent_frame.cu: for models of S1-mini's proportions on sm_90 and later.
+
+A list of phases tells the kernel what to do in which order, and where words are exchanged.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from s1kernels.backends.cuda.launch import Kernel, Launch, capability, multiprocessors
+from s1kernels.backends.cuda.support import HALVES
+from s1kernels.model.config import DualARConfig, StackConfig
+from s1kernels.model.weights import LayerWeights, Weights
+
+BLOCKS, WIDTH, SPLITS, PASSES = 128, 1024, 16, 96
+SHARED_BYTES = 222_208  # sizeof(Shared<T>), rounded up
+MOST_LOGITS = 1280  # of a block
+
+FRAME = Kernel(
+    "persistent_frame", "persistent_frame", block=800,
+    pointers="phases words passes parts abandoned turn tokens position text_embedding codebook_embedding "
+    "fast_embedding caches norms cos_sin fast_cos_sin ids window temperature top_p repetition_penalty top_k rng "
+    "main_logits fast_logits out",
+    ints="phase_count slow_layers fast_layers codebooks codebook_size text_rows semantic_begin semantic_end capacity "
+    "vocabulary fast_rows width main_threads fast_threads fast_offset fast_step",
+    floats="scale eps",
+)  # fmt: skip
+PREPARE = Kernel("persistent_frame", "prepare_frame", block=256, pointers="words abandoned", ints="count")
+
+
+class Kind(IntEnum):
+    QKV, ATTEND, COMBINE, OUTPUT, SWIGLU, FAST_OUTPUT, HEAD, FAST_HEAD = range(8)
+
+
+class Source(IntEnum):
+    WORDS, TOKENS, CODES = range(3)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`Phase` of the kernel: what all blocks do between two exchanges."""
+
+    kind: Kind
+    row_a: int = 0
+    row_b: int = 0
+    norm_weight: int = 0
+    stride: int = 0
+    pairs: int = 0
+    slices: int = 1
+    rows: int = 0
+    source: Source = Source.WORDS
+    given: int = 0
+    out: int = 0
+    vectors: int = 1
+    layer: int = 0
+    position: int = 0
+
+    def packed(self) -> bytes:
+        return struct.pack(
+            "<3Q12i", self.row_a, self.row_b, self.norm_weight, self.stride, self.pairs, self.slices, self.rows,
+            self.kind, self.source, self.given, self.out, self.vectors, self.layer, self.position, 0,
+        )  # fmt: skip
+
+
+def refusal(config: DualARConfig, weights: Weights, head: Tensor, fast_rows: int) -> str | None:
+    """Why the persistent kernel cannot serve a model, or None."""
+    device, slow, fast = head.device, config.slow, config.fast
+    facts = torch.cuda.get_device_properties(device)
+    shape = (slow.dim, slow.heads, slow.kv_heads, slow.head_dim, fast.dim, fast.heads, fast.kv_heads, fast.head_dim)
+    reasons = {
+        f"the GPU has compute capability {capability(device)}; it needs 9.0": capability(device) < (9, 0),
+        f"the GPU has {multiprocessors(device)} SMs; it needs {BLOCKS}": multiprocessors(device) < BLOCKS,
+        "the GPU has too little shared memory a block": facts.shared_memory_per_block_optin < SHARED_BYTES,
+        f"the dtype is {head.dtype}; it needs a 16-bit one": head.dtype not in HALVES,
+        f"the stacks have other proportions than S1-mini's: {shape}": shape != (1024, 16, 8, 128, 1024, 16, 8, 64),
+        "a feed-forward width is not 1024, 2048 or 3072": not all(s.intermediate in (1024, 2048, 3072) for s in (slow, fast)),
+        "the fast stack is too deep, or has too many codebooks": fast.layers > 4 or config.codebooks > 10,
+        "there are biases, or norms in the fast stack's attention": slow.qkv_bias or slow.o_bias or fast.qkv_bias
+        or fast.o_bias or fast.qk_norm,
+        "the fast stack takes a normalised or projected state": config.norm_fast_input or config.projects,
+        "it does not draw in the 2.0 line's way": config.line != "s1",
+        f"{fast_rows} rows of the fast head are sampled; it needs 1024": fast_rows != 1024,
+        f"too many logits: {head.shape[0]}": head.shape[0] > BLOCKS * MOST_LOGITS,
+        "a weight is not aligned to 16 bytes": any(t.data_ptr() % 16 for t in [head, *weights.flat()]),
+    }  # fmt: skip
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+class Phases:
+    """The phases of a frame, and the words that they exchange."""
+
+    def __init__(self, config: DualARConfig, weights: Weights, head: Tensor) -> None:
+        self.config, self.list, self.words = config, [], 0
+        self.size = head.element_size()
+        x = self._stack(config.slow, weights.slow, source=Source.TOKENS)
+        self.list.append(self._matrix(Kind.HEAD, head, weights.norm, given=x))
+        for i in range(1, config.codebooks):
+            pair = i == 1  # positions 0 and 1 need no draw between them
+            x = self._stack(config.fast, weights.fast, Source.CODES, 2 if pair else 1, position=0 if pair else i)
+            fast_head = weights.fast_head[:1024]
+            given = x + (WIDTH // 2 if pair else 0)
+            self.list.append(
+                self._matrix(
+                    Kind.FAST_HEAD, fast_head, weights.fast_norm, given=given, out=self._room(1024), position=i + 1
+                )
+            )
+
+    def packed(self, device: torch.device) -> Tensor:
+        data = b"".join(phase.packed() for phase in self.list)
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+
+    def _stack(
+        self, stack: StackConfig, layers: list[LayerWeights], source: Source, vectors: int = 1, position: int = 0
+    ) -> int:
+        """Adds a stack's phases; returns where its result is."""
+        slow, x = stack is self.config.slow, 0
+        half = vectors * WIDTH // 2
+        for i, w in enumerate(layers):
+            common = dict(vectors=vectors, layer=i, position=position)
+            qkv = self._room(vectors * stack.qkv_rows // 2)
+            begins = source if i == 0 else Source.WORDS
+            self.list.append(
+                self._matrix(Kind.QKV, w.wqkv, w.attention_norm, given=x, out=qkv, source=begins, **common)
+            )
+            if slow:
+                attended, out = self._room(stack.heads * stack.head_dim // 2), self._room(half)
+                self.list.append(Phase(Kind.ATTEND, given=qkv, layer=i))
+                self.list.append(Phase(Kind.COMBINE, out=attended, layer=i))
+                self.list.append(self._matrix(Kind.OUTPUT, w.wo, None, given=attended, out=out, **common))
+            else:
+                out = self._room(half)
+                self.list.append(self._matrix(Kind.FAST_OUTPUT, w.wo, None, given=qkv, out=out, **common))
+            gated, x = self._room(vectors * stack.intermediate // 2), self._room(half)
+            self.list.append(
+                Phase(
+                    Kind.SWIGLU, w.w1.data_ptr(), w.w3.data_ptr(), w.ffn_norm.data_ptr(), WIDTH * self.size,
+                    stack.intermediate // BLOCKS, 1, 2 * stack.intermediate, given=out, out=gated, **common,
+                )
+            )  # fmt: skip
+            self.list.append(self._matrix(Kind.OUTPUT, w.w2, None, given=gated, out=x, **common))
+        return x
+
+    def _matrix(
+        self, kind: Kind, weight: Tensor, norm_weight: Tensor | None, *, given: int, out: int = 0,
+        source: Source = Source.WORDS, vectors: int = 1, layer: int = 0, position: int = 0,
+    ) -> Phase:  # fmt: skip
+        rows, columns = weight.shape
+        pairs = -(-rows // (2 * BLOCKS))
+        return Phase(
+            kind, weight.data_ptr(), weight.data_ptr() + columns * self.size,
+            0 if norm_weight is None else norm_weight.data_ptr(), 2 * columns * self.size, pairs, columns // WIDTH, rows,
+            source, given, out, vectors, layer, position,
+        )  # fmt: skip
+
+    def _room(self, words: int) -> int:
+        start, self.words = self.words, self.words + -(-words // 4) * 4
+        return start
+
+
+def launches(
+    config: DualARConfig, weights: Weights, head: Tensor, *, tokens: Tensor, position: Tensor, k_caches: list[Tensor],
+    v_caches: list[Tensor], window: Tensor, ids: Tensor | None, scalars: dict[str, Tensor], rng: Tensor,
+    main_threads: int, fast_threads: int, fast_offset: int, fast_step: int, main_logits: Tensor, fast_logits: Tensor,
+    out: Tensor,
+) -> list[Launch]:  # fmt: skip
+    """One frame, in two launches: forget the last one's words, and go."""
+    device = head.device
+    phases = Phases(config, weights, head)
+    exchanged = torch.empty(phases.words + PASSES * BLOCKS * 8, dtype=torch.int32, device=device)
+    parts = torch.zeros(BLOCKS * 2 * 130 * 2, dtype=torch.int32, device=device)
+    state = torch.zeros(2, dtype=torch.int32, device=device)
+
+    def addresses(tensors: list[tuple[Tensor | None, Tensor | None]]) -> Tensor:
+        flat = [0 if t is None else t.data_ptr() for pair in tensors for t in pair]
+        return torch.tensor(flat, dtype=torch.int64, device=device)
+
+    prepare = PREPARE.bind(
+        head.dtype, device, grid=BLOCKS, pdl=False, words=exchanged, abandoned=state[:1], count=exchanged.numel()
+    )
+    frame = FRAME.bind(
+        head.dtype, device, grid=BLOCKS, shared=SHARED_BYTES, pdl=False, cooperative=True,
+        phases=phases.packed(device), words=exchanged, passes=exchanged[phases.words :], parts=parts,
+        abandoned=state[:1], turn=state[1:], tokens=tokens, position=position, text_embedding=weights.text_embedding,
+        codebook_embedding=weights.codebook_embedding, fast_embedding=weights.fast_embedding,
+        caches=addresses(list(zip(k_caches, v_caches, strict=True))),
+        norms=addresses([(w.q_norm, w.k_norm) for w in weights.slow]), cos_sin=weights.cos_sin,
+        fast_cos_sin=weights.fast_cos_sin, ids=ids, window=window, **scalars, rng=rng, main_logits=main_logits,
+        fast_logits=fast_logits, out=out, phase_count=len(phases.list), slow_layers=config.slow.layers,
+        fast_layers=config.fast.layers, codebooks=config.codebooks, codebook_size=config.codebook_size,
+        text_rows=weights.text_embedding.shape[0], semantic_begin=config.semantic_begin,
+        semantic_end=config.semantic_end, capacity=k_caches[0].shape[2], vocabulary=head.shape[0], fast_rows=1024,
+        width=window.shape[1], main_threads=main_threads, fast_threads=fast_threads, fast_offset=fast_offset,
+        fast_step=fast_step, scale=(config.codebooks + 1) ** -0.5 if config.scale_codebook_embeddings else 1.0,
+        eps=config.norm_eps,
+    )  # fmt: skip
+    return [prepare, frame]
