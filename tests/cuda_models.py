@@ -35,7 +35,8 @@ MODELS = {
         fast=StackConfig(layers=1, dim=1024, heads=16, kv_heads=8, head_dim=64, intermediate=1024),
     ),  # S1-mini's widths, few layers
 }  # fmt: skip
-HALVES = [torch.bfloat16, torch.float16]
+OLD = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)  # without bfloat16
+HALVES = [torch.float16] if OLD else [torch.bfloat16, torch.float16]
 LIMIT = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 """Relative error of a frame's logits; that of the op decode_frame."""
 

@@ -3,7 +3,7 @@
 // What it computes is what s1kernels/backends/cuda/decode_frame.py computes with the ops' kernels; a list of phases
 // (persistent_frame.py writes it) says in which order. Every block owns an equal share of the rows of every matrix.
 // Grid/block: kBlocks blocks, one an SM, all resident at once (cooperative launch). One warp streams the block's share
-//   of the weights through a ring in shared memory, phase after phase, without ever waiting for activations; 24 warps
+//   of the weights through a ring in shared memory, phase after phase, without ever waiting for activations; 12 warps
 //   consume it, a unit of two rows x 1024 columns at a time. Activations go from block to block as words that are their
 //   own flags (device/exchange.cuh). What is small is computed by all blocks alike instead of being passed on: norms,
 //   the frame's embedding, the fast stack's attention, the fast codes' draws.
@@ -20,10 +20,10 @@
 namespace s1 {
 
 constexpr int kBlocks = 128;
-constexpr int kWorkers = 24;  // warps that compute
-// Units in the ring: one a warp, so that a slot's last unit was the same warp's. With another number a warp could come
-// for a unit before the one that the slot held before has arrived, and take the parity of that for its own.
-constexpr int kSlots = kWorkers;
+constexpr int kWorkers = 12;  // warps that compute
+// Units in the ring: a multiple of kWorkers, so that a slot's last unit was the same warp's. Else a warp could come for
+// a unit before the one that the slot held before has arrived, and take the parity of that for its own.
+constexpr int kSlots = 2 * kWorkers;
 constexpr int kAtOnce = 8;            // units that may be under way; more does not stream faster
 constexpr int kPollDelay = 400;       // cycles before the first poll of a phase: one that misses costs a round trip
 constexpr int kWidth = 1024;          // C of both stacks
@@ -78,6 +78,7 @@ struct PersistentFrameArgs {
   float* main_logits;  // [V]
   float* fast_logits;  // [N-1, K']
   int* out;            // [N+1]
+  int64* times;        // [phases + 1] ns, when block 0 began each phase, or null
   int phase_count;
   int slow_layers;
   int fast_layers;
@@ -103,6 +104,12 @@ struct PersistentFrameArgs {
 __device__ __forceinline__ void sync_workers() { asm volatile("barrier.sync 1, %0;" ::"n"(kWorkers * 32) : "memory"); }
 __device__ __forceinline__ void sync_samplers() {
   asm volatile("barrier.sync 2, %0;" ::"n"(kSamplerThreads) : "memory");
+}
+
+__device__ __forceinline__ int64 nanoseconds() {
+  int64 t;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+  return t;
 }
 
 // The units of a phase that this block consumes.
@@ -151,6 +158,7 @@ struct Shared {
   uint32 hidden[kWidth / 2];  // the slow stack's result
   uint64 full[kSlots], empty[kSlots];
   Ahead slots[2 * kSamplerWarps];
+  Phase phases[4];  // this one, the next two, and the last, which some may still read
   int code;
 };
 
@@ -381,7 +389,7 @@ struct PersistentFrame {
 
   // Slow attention, first half: this block has a sixteenth of the positions of one key/value head.
   __device__ __forceinline__ void attend(const Phase& f) {
-    using Part = Positions<T, kSlowDim, 8, 2>;
+    using Part = Positions<T, kSlowDim, 8, 4>;
     using Head = HeadLanes<kSlowDim>;
     const int g = blockIdx.x / kSplits, split = blockIdx.x % kSplits, warp = warp_id(), lane = lane_id();
     const int here = *a.position, length = here + 1;
@@ -436,31 +444,34 @@ struct PersistentFrame {
       sums[1].clear();
       for (int start = begin; start < p.end; start += Part::kBlock) {
         float score[2][Part::kLoads];
+        Vec16 v[Part::kLoads];
 #pragma unroll
         for (int i = 0; i < Part::kLoads; ++i) {
           if (p.of(start, i) == here) {
             p.k[i] = load_vec(s.fresh[0] + Head::column());
             p.v[i] = load_vec(s.fresh[1] + Head::column());
           }
+          v[i] = p.v[i];
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const float x = head_dot<T, kSlowDim>(q[h], p.k[i]);
             score[h][i] = p.of(start, i) < p.end ? x : -infinity();
           }
         }
-        sums[0].template add<T>(score[0], p.v);
-        sums[1].template add<T>(score[1], p.v);
         p.load(start + Part::kBlock);
+        sums[0].template add<T>(score[0], v);
+        sums[1].template add<T>(score[1], v);
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         sums[h].template merge_slots<Head::kLanes>();
         if (Head::slot() != 0) continue;
+        float* to = s.merged[warp][h];
 #pragma unroll
-        for (int e = 0; e < 8; ++e) s.merged[warp][h][Head::column() + e] = sums[h].value[e];
+        for (int e = 0; e < 8; ++e) to[Head::column() + e] = sums[h].value[e];
         if (Head::column() == 0) {
-          s.merged[warp][h][kSlowDim] = sums[h].total;
-          s.merged[warp][h][kSlowDim + 1] = sums[h].top;
+          to[kSlowDim] = sums[h].total;
+          to[kSlowDim + 1] = sums[h].top;
         }
       }
     }
@@ -526,9 +537,10 @@ struct PersistentFrame {
     sync_workers();
     const T* qkv = reinterpret_cast<const T*>(s.stage[half]);
     T* attended = reinterpret_cast<T*>(s.stage[half] + 8 * 1024);
-    const int head = warp_id(), g = head / 2, column = Head::column(), length = f.position + f.vectors;
-    if (head < 16) {
-      for (int r = 0; r < f.vectors; ++r) {
+    const int g = warp_id(), column = Head::column(), length = f.position + f.vectors;
+    if (g < 8) {
+      for (int rh = 0; rh < 2 * f.vectors; ++rh) {
+        const int r = rh / 2, head = 2 * g + rh % 2;
         const int here = f.position + r;
         float q[8], score[kSteps], value[8];
         unpack8<T>(rotated(qkv + r * kRow + head * kFastDim, here), q);
@@ -542,7 +554,7 @@ struct PersistentFrame {
           const T* row = qkv + (fresh && p < length ? p - f.position : 0) * kRow;
           Vec16 k = rotated(row + (16 + g) * kFastDim, min(p, length - 1));
           if (!fresh) k = load_vec(&s.cache[f.layer][0][p][g][column]);
-          if (fresh && p < length && head % 2 == 0 && r == 0) {
+          if (fresh && p < length && rh == 0) {
             store_vec(&s.cache[f.layer][0][p][g][column], k);
             store_vec(&s.cache[f.layer][1][p][g][column], load_vec(row + (24 + g) * kFastDim + column));
           }
@@ -711,14 +723,27 @@ struct PersistentFrame {
     return choice.key == 0 ? -1 : choice.row;
   }
 
+  // Starts to copy a phase into its slot: the last warp, which has the least to do.
+  __device__ __forceinline__ void fetch_phase(int p) {
+    constexpr int kPieces = sizeof(Phase) / 8;
+    if (p >= a.phase_count || warp_id() != kWorkers - 1 || lane_id() >= kPieces) return;
+    copy_async8(reinterpret_cast<uint64*>(&s.phases[p % 4]) + lane_id(),
+                reinterpret_cast<const uint64*>(a.phases + p) + lane_id());
+  }
+
   __device__ void run() {
     for (int i = threadIdx.x; i < min(a.codebooks, kPlaces) * kFastDim; i += kWorkers * 32)
       (&s.angles[0][0])[i] = static_cast<const T*>(a.fast_cos_sin)[i];
-    Phase next = a.phases[0];
+    fetch_phase(0);
+    fetch_phase(1);
+    copies_done();
+    sync_workers();
     for (int p = 0; p < a.phase_count; ++p) {
-      const Phase f = next;
-      if (p + 1 < a.phase_count) next = a.phases[p + 1];
+      const Phase& f = s.phases[p % 4];
       const int half = p % 2;
+      if (a.times && blockIdx.x == 0 && threadIdx.x == 0) a.times[p] = nanoseconds();
+      copies_done();  // of phase p + 1, which the barriers of this one show to all
+      fetch_phase(p + 2);
       if (p > 0) {
         const long long start = clock64();
         while (clock64() - start < kPollDelay) {
@@ -752,6 +777,7 @@ struct PersistentFrame {
     }
     if (blockIdx.x != 0) return;
     sync_workers();
+    if (a.times && threadIdx.x == 0) a.times[a.phase_count] = nanoseconds();
     if (threadIdx.x <= a.codebooks && *static_cast<volatile int*>(a.abandoned) != 0) a.out[threadIdx.x] = -2;
     if (threadIdx.x == 0) *a.turn += 1;
   }
@@ -797,6 +823,6 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
 }
 
 S1_KERNEL_HALVES(prepare_frame, PrepareFrameArgs, 256, 1, prepare_frame)
-S1_KERNEL_HALVES(persistent_frame, PersistentFrameArgs, 800, 1, persistent_frame)
+S1_KERNEL_HALVES(persistent_frame, PersistentFrameArgs, 416, 1, persistent_frame)
 
 }  // namespace s1

@@ -66,7 +66,7 @@ struct Positions {
   Vec16 k[kLoads], v[kLoads];
 
   static __device__ __forceinline__ int of(int start, int i) {
-    return start + i * kStep + warp_id() * Head::kSlots + Head::slot();
+    return start + i * kStep + warp_id() % kWarps * Head::kSlots + Head::slot();
   }
   __device__ __forceinline__ void load(int start) {
 #pragma unroll

@@ -22,10 +22,10 @@ SHARED_BYTES = 222_208  # sizeof(Shared<T>), rounded up
 MOST_LOGITS = 1280  # of a block
 
 FRAME = Kernel(
-    "persistent_frame", "persistent_frame", block=800,
+    "persistent_frame", "persistent_frame", block=416,
     pointers="phases words passes parts abandoned turn tokens position text_embedding codebook_embedding "
     "fast_embedding caches norms cos_sin fast_cos_sin ids window temperature top_p repetition_penalty top_k rng "
-    "main_logits fast_logits out",
+    "main_logits fast_logits out times",
     ints="phase_count slow_layers fast_layers codebooks codebook_size text_rows semantic_begin semantic_end capacity "
     "vocabulary fast_rows width main_threads fast_threads fast_offset fast_step",
     floats="scale eps",
@@ -166,7 +166,7 @@ def launches(
     config: DualARConfig, weights: Weights, head: Tensor, *, tokens: Tensor, position: Tensor, k_caches: list[Tensor],
     v_caches: list[Tensor], window: Tensor, ids: Tensor | None, scalars: dict[str, Tensor], rng: Tensor,
     main_threads: int, fast_threads: int, fast_offset: int, fast_step: int, main_logits: Tensor, fast_logits: Tensor,
-    out: Tensor,
+    out: Tensor, times: Tensor | None = None,
 ) -> list[Launch]:  # fmt: skip
     """One frame, in two launches: forget the last one's words, and go."""
     device = head.device
@@ -190,7 +190,7 @@ def launches(
         caches=addresses(list(zip(k_caches, v_caches, strict=True))),
         norms=addresses([(w.q_norm, w.k_norm) for w in weights.slow]), cos_sin=weights.cos_sin,
         fast_cos_sin=weights.fast_cos_sin, ids=ids, window=window, **scalars, rng=rng, main_logits=main_logits,
-        fast_logits=fast_logits, out=out, phase_count=len(phases.list), slow_layers=config.slow.layers,
+        fast_logits=fast_logits, out=out, times=times, phase_count=len(phases.list), slow_layers=config.slow.layers,
         fast_layers=config.fast.layers, codebooks=config.codebooks, codebook_size=config.codebook_size,
         text_rows=weights.text_embedding.shape[0], semantic_begin=config.semantic_begin,
         semantic_end=config.semantic_end, capacity=k_caches[0].shape[2], vocabulary=head.shape[0], fast_rows=1024,
