@@ -121,16 +121,18 @@ class Bench:
     def contenders(self) -> list[Contender]:
         o = self.options
         per_op = Contender("s1kernels per op" if self.cuda else "s1kernels", o.slow_frames, {"graph": False})
+        no_graph = "" if self.cuda else f"a CUDA graph needs a CUDA device, this is {self.device}"
         graphs = [
             Contender(
                 "s1kernels graph",
                 o.frames,
                 {"constrained": True} if rows == "semantic" else {},
                 rows=rows,
-                refused="" if self.cuda else f"a CUDA graph needs a CUDA device, this is {self.device}",
+                refused=no_graph,
             )
             for rows in o.rows
         ]
+        graphs.append(Contender("s1kernels graph of ops' kernels", o.frames, {"persistent": False}, refused=no_graph))
         skipped = "left out (--skip-compiled)" if o.skip_compiled else ""
         compiled = Contender(COMPILED, o.frames, compiled=True, refused=skipped)
         return [Contender(EAGER, o.slow_frames), per_op, *graphs, compiled]

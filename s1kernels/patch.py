@@ -80,8 +80,9 @@ class _Patched:
 
 
 def patch(
-    model: Any, *, backend: str | Mapping[str, str] = "auto", graph: bool = True, constrained: bool = False
-) -> PatchReport:
+    model: Any, *, backend: str | Mapping[str, str] = "auto", graph: bool = True, persistent: bool = True,
+    constrained: bool = False,
+) -> PatchReport:  # fmt: skip
     """Make an upstream DualAR model decode on s1kernels.
 
     Parameters, state-dict keys and the caches stay the model's own, and weights are not held twice. Prefill by
@@ -91,6 +92,7 @@ def patch(
         model: upstream's DualARTransformer of the S1 or the 2.0 line, on its device, in its final dtype.
         backend: "auto", one back end, or {op: back end}; `s1kernels info` lists them.
         graph: on a GPU, replay a whole frame as one CUDA graph; False runs it op by op.
+        persistent: let that graph be a single kernel where GPU and model allow it; False makes it of the ops' kernels.
         constrained: let the S1 line sample only semantic tokens and the end token (the 2.0 line always does). That
             reads 8 MB of S1-mini's head instead of 319 MB a frame, and no text token can be drawn by accident.
     Returns:
@@ -108,7 +110,12 @@ def patch(
         config = read_config(model, line)
         weights = read_weights(model, config)
         cache = _PATCHED[model].cache if model in _PATCHED else UpstreamCache(config, model, FIRST_CAPACITY)
-        options: dict[str, Any] = {"backend": backend, "graph": graph, "constrained": constrained}
+        options: dict[str, Any] = {
+            "backend": backend,
+            "graph": graph,
+            "persistent": persistent,
+            "constrained": constrained,
+        }
         engine = Engine(config, weights, cache=cache, **options)
         result = _result_class(model)
         _PATCHED[model] = _Patched(line, options, cache, engine, list(storage(model)), modules, result)

@@ -25,7 +25,7 @@ CONFIG = json.loads(Path(__file__).parents[1].joinpath("csrc/build.json").read_t
 ARCHITECTURES = [int(arch.replace(".", "")) for arch in CONFIG["architectures"]]
 CORES = os.cpu_count() or 1
 
-SPILLS: dict[str, str] = {}
+SPILLS = {"persistent_frame": "a few words about the slow attention, off the streaming path"}
 """Kernel (without its dtype) -> why its spilled registers are no fault."""
 
 _SHIPPED = sources.names()

@@ -1,5 +1,6 @@
 """Patched models of both lines on a GPU, against the same models unpatched there; a few on the CPU too."""
 
+import contextlib
 import gc
 import threading
 
@@ -48,10 +49,11 @@ class S1:
 
     @staticmethod
     def endless(model, **options):
-        """Frames that no end token ends; the tokenizer's is then one that none of them has."""
+        """Frames that no end token ends; the tokenizer's is then one that the model has not drawn so far."""
         model.tokenizer.end_token = -1
         codes = S1.generate(model, **options)
-        model.tokenizer.end_token = min(set(range(line_1.SEMANTIC_BEGIN)) - set(codes[0].tolist()))
+        model.drawn = getattr(model, "drawn", set()) | set(codes[0].tolist())
+        model.tokenizer.end_token = min(set(range(line_1.SEMANTIC_BEGIN)) - model.drawn)
         return codes
 
     @staticmethod
@@ -106,12 +108,16 @@ BOTH = [pytest.param("s1", marks=needs_upstream), "2.0"]
 
 def cases(*names):
     """(line, model, device): all models on a GPU, or those that are named; one of each line on the CPU."""
+    found = []
     for line, models in LINES.items():
-        marks = [needs_upstream] if line == "s1" else []
-        yield pytest.param(line, models.names[0], "cpu", marks=marks, id=f"{line}-{models.names[0]}-cpu")
-        for name in models.names:
-            if name in names or not names:
-                yield pytest.param(line, name, "cuda", marks=[*marks, needs_gpu], id=f"{line}-{name}-cuda")
+        of_line = [needs_upstream] if line == "s1" else []
+        runs = [(models.names[0], "cpu", [])]
+        runs += [(name, "cuda", [needs_gpu]) for name in models.names if name in names or not names]
+        found += [
+            pytest.param(line, name, device, marks=[*of_line, *marks], id=f"{line}-{name}-{device}")
+            for name, device, marks in runs
+        ]
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +146,8 @@ def patched():
 
     yield patch
     for model in dict.fromkeys(served):
-        s1kernels.unpatch(model)
+        with contextlib.suppress(ValueError):  # the test has done it
+            s1kernels.unpatch(model)
 
 
 @pytest.mark.parametrize(("line", "name", "device"), cases())
@@ -168,7 +175,8 @@ def test_other_ways_give_the_same_codes(line, name, device, options, patched):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
-    ("line", "name", "device"), cases("s1_like", "tied", "biases", "scaled_embeddings", "s2_like", "untied", "projected")
+    ("line", "name", "device"),
+    cases("s1_like", "tied", "biases", "scaled_embeddings", "s2_like", "untied", "projected"),
 )
 def test_forced_logits_are_no_farther_from_float64_than_the_unpatched_models(line, name, device, dtype, patched):
     """Main and fast logits of 32 given frames, against the float64 reference on the same rounded weights."""
@@ -178,15 +186,14 @@ def test_forced_logits_are_no_farther_from_float64_than_the_unpatched_models(lin
     theirs = model_logits(model, text, 1024 if line == "s1" else None)
     patched(model)
     engine = s1kernels.engine_of(model)
-    truth = s1kernels.Engine(engine.config, engine.weights.to(torch.float64), backend="reference")
+    right = engine_logits(s1kernels.Engine(engine.config, engine.weights.to(torch.float64), backend="reference"), text)
     rows = slice(None) if engine.active_rows.ids is None else engine.active_rows.ids.long()
     theirs[0] = theirs[0][:, rows]
-    for own, right, upstream in zip(engine_logits(engine, text), engine_logits(truth, text), theirs, strict=True):
-        own_error, upstream_error = ((t - right).norm() / right.norm() for t in (own, upstream))
-        assert 0 < own_error <= upstream_error
-    slow = torch.cat([engine.slow_step(text[:, t : t + 1], t)[0] for t in range(32)]).double()[:, rows]
-    main = engine_logits(truth, text)[0]
-    assert (slow - main).norm() <= (theirs[0] - main).norm()
+    allowed = [(upstream - true).norm() for upstream, true in zip(theirs, right, strict=True)]
+    for own, true, most in zip(engine_logits(engine, text), right, allowed, strict=True):
+        assert 0 < (own - true).norm() <= most
+    alone = torch.cat([engine.slow_step(text[:, t : t + 1], t)[0].double() for t in range(text.shape[1] - 1)])
+    assert 0 < (alone[:, rows] - right[0]).norm() <= allowed[0]
 
 
 @torch.inference_mode()
@@ -224,37 +231,36 @@ def engine_logits(engine, text):
         sampling = s1kernels.Sampling(temperature=1.0, top_p=1.0, repetition_penalty=1.0)
         (codes,) = decoder.decode(text[:, t : t + 1].T.int().contiguous(), t, 1, sampling, None, None)
         assert codes.tolist() == text[:, t + 1].tolist()
-        main.append(decoder.main_logits[0].double())
-        fast.append(decoder.fast_logits[0].double())
+        main.append(decoder.main_logits[0].clone().double())
+        fast.append(decoder.fast_logits[0].clone().double())
     return [torch.stack(main), torch.stack(fast)]
 
 
 @pytest.mark.parametrize(("line", "name", "device"), cases("s1_like", "s2_like"))
 def test_the_end_token_stops_and_torchs_generator_goes_on_as_unpatched(line, name, device, patched):
-    models, after = LINES[line], []
+    models = LINES[line]
     model = models.build(name, device=device)
     drawn = models.endless(model)[0].tolist()
-    model.tokenizer.end_token = max(set(drawn), key=drawn.index)
-    expected = models.generate(model)
-    after.append(torch.rand(4, device=device))
+    for model.tokenizer.end_token in dict.fromkeys(drawn[20:]):  # the first that stops a run on its way
+        expected = models.generate(model)
+        after = [torch.rand(4, device=device)]
+        if 4 < expected.shape[1] < FRAMES - 4:
+            break
+    assert 4 < expected.shape[1] < FRAMES - 4
     patched(model)
     assert torch.equal(models.generate(model), expected)
     after.append(torch.rand(4, device=device))
-    assert expected.shape[1] == drawn.index(model.tokenizer.end_token) + 1 > 3
     assert torch.equal(*after)
 
 
 @needs_gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("line", BOTH)
-def test_halves_repeat_themselves_and_seldom_differ(line, patched):
-    """Same codes twice; greedy codes start as the unpatched model's do."""
-    models = LINES[line]
-    model = models.build(dtype=HALVES[0])
-    expected = models.endless(model, frames=8, **models.greedy)
+def test_halves_say_the_same_twice(line, dtype, patched):
+    model = LINES[line].build(dtype=dtype)
     patched(model)
-    first, again = (models.endless(model, **models.sampled) for _ in range(2))
-    assert torch.equal(first, again)
-    assert torch.equal(models.endless(model, frames=8, **models.greedy)[:, 0], expected[:, 0])
+    first, again = (LINES[line].generate(model) for _ in range(2))
+    assert torch.equal(first, again) and first.shape[1] > 1
 
 
 @needs_upstream
@@ -273,14 +279,14 @@ def test_constrained_models_speak(patched):
 
 @needs_gpu
 @pytest.mark.parametrize("line", BOTH)
-def test_unpatch_gives_everything_back(line):
+def test_unpatch_gives_everything_back(line, patched):
     """Memory is back where it was, but for the code of kernels, which is loaded once."""
     models = LINES[line]
     model = models.build()
     expected = models.endless(model, frames=24)
     start, now = memory(), []
     for _ in range(4):
-        s1kernels.patch(model)
+        patched(model)
         assert torch.equal(models.endless(model, frames=24), expected)
         s1kernels.unpatch(model)
         now.append(memory())
@@ -292,27 +298,30 @@ def test_unpatch_gives_everything_back(line):
 @needs_gpu
 @pytest.mark.parametrize("line", BOTH)
 def test_a_model_may_move_while_it_is_patched(line, patched):
-    """Patched before its caches are made, on the CPU; then on the GPU, where they grow with use."""
-    models = LINES[line]
-    expected = models.endless(models.build(), frames=24)
-    model = models.build(device="cpu")
+    """Patched before its caches are made, on the CPU; then on the GPU."""
+    models, unpatched, model = LINES[line], LINES[line].build(), LINES[line].build(device="cpu")
+    models.endless(unpatched, frames=24)
+    model.tokenizer.end_token = unpatched.tokenizer.end_token
+    expected = models.generate(unpatched, frames=24)
     patched(model)
-    models.endless(model, frames=4)
+    models.generate(model, frames=4)
     model.cuda()
-    assert torch.equal(models.endless(model, frames=24), expected)
+    assert torch.equal(models.generate(model, frames=24), expected)
     assert s1kernels.engine_of(model).backends == {"decode_frame": "cuda"}
 
 
 @needs_gpu
 @pytest.mark.parametrize("line", BOTH)
-def test_a_worker_thread_patches_and_speaks(line):
-    models, results = LINES[line], []
-    expected = models.endless(models.build(), frames=24)
+def test_a_worker_thread_patches_and_speaks(line, patched):
+    models, unpatched, results = LINES[line], LINES[line].build(), []
+    models.endless(unpatched, frames=24)
+    expected = models.generate(unpatched, frames=24)
 
     def work():
         model = models.build()
-        s1kernels.patch(model)
-        results.append(models.endless(model, frames=24))
+        model.tokenizer.end_token = unpatched.tokenizer.end_token
+        patched(model)
+        results.append(models.generate(model, frames=24))
         s1kernels.unpatch(model)
 
     thread = threading.Thread(target=work)
@@ -323,18 +332,18 @@ def test_a_worker_thread_patches_and_speaks(line):
 
 @needs_gpu
 @pytest.mark.parametrize("line", BOTH)
-def test_out_of_memory_at_capture_leaves_the_model_usable(line, monkeypatch):
+def test_out_of_memory_at_capture_leaves_the_model_usable(line, patched, monkeypatch):
     models = LINES[line]
     model = models.build()
     expected = models.endless(model, frames=24)
-    s1kernels.patch(model)
+    patched(model)
 
     def no_memory(*args, **kwargs):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda.CUDAGraph, "capture_begin", no_memory)
-        with pytest.raises(torch.cuda.OutOfMemoryError, match="out of GPU memory in the capture; free some, or unpatch"):
+        with pytest.raises(torch.cuda.OutOfMemoryError, match="in the capture; free some, or unpatch"):
             models.endless(model, frames=24)
     assert torch.equal(models.endless(model, frames=24), expected)
     s1kernels.unpatch(model)

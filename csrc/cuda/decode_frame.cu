@@ -180,8 +180,8 @@ __device__ __forceinline__ void attention_output(const AttentionOutputArgs& a) {
   S1_KERNEL_HALVES(attention_output_d##dim##_g##group, AttentionOutputArgs, 256, blocks, \
                    attention_output_d##dim##_g##group)
 
-S1_ATTENTION_OUTPUT(64, 1, 2)
-S1_ATTENTION_OUTPUT(64, 2, 2)
+S1_ATTENTION_OUTPUT(64, 1, 1)
+S1_ATTENTION_OUTPUT(64, 2, 1)
 S1_ATTENTION_OUTPUT(64, 4, 1)
 S1_ATTENTION_OUTPUT(128, 1, 1)
 S1_ATTENTION_OUTPUT(128, 2, 1)

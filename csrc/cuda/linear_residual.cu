@@ -91,9 +91,9 @@ __device__ void linear_residual_plain(const LinearResidualArgs& a) {
   }
 }
 
-S1_KERNEL_HALVES(linear_residual_tile8, LinearResidualArgs, 128, 8, linear_residual_tile8)
-S1_KERNEL_HALVES(linear_residual_tile16, LinearResidualArgs, 128, 8, linear_residual_tile16)
-S1_KERNEL_HALVES(linear_residual_tile24, LinearResidualArgs, 128, 8, linear_residual_tile24)
+S1_KERNEL_HALVES(linear_residual_tile8, LinearResidualArgs, 128, 4, linear_residual_tile8)
+S1_KERNEL_HALVES(linear_residual_tile16, LinearResidualArgs, 128, 4, linear_residual_tile16)
+S1_KERNEL_HALVES(linear_residual_tile24, LinearResidualArgs, 128, 3, linear_residual_tile24)
 S1_KERNEL(linear_residual_plain, LinearResidualArgs, 256, 2, linear_residual_plain)
 
 }  // namespace s1

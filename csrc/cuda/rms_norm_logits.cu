@@ -143,7 +143,7 @@ __device__ void rms_norm_logits_plain(const RmsNormLogitsArgs& a) {
       [&](int b, const float (&y)[1]) { put_logit(a, b, row, y[0]); });
 }
 
-S1_KERNEL_HALVES(rms_norm_logits_tile, RmsNormLogitsArgs, 128, 8, rms_norm_logits_tile)
+S1_KERNEL_HALVES(rms_norm_logits_tile, RmsNormLogitsArgs, 128, 4, rms_norm_logits_tile)
 S1_KERNEL_HALVES(rms_norm_logits_stream, RmsNormLogitsArgs, 256, 2, rms_norm_logits_stream)
 S1_KERNEL(rms_norm_logits_plain, RmsNormLogitsArgs, 256, 2, rms_norm_logits_plain)
 

@@ -63,7 +63,7 @@ __device__ void rms_norm_qkv_plain(const RmsNormQkvArgs& a) {
       [&](int b, const float (&y)[1]) { rms_norm_qkv_put<T>(a, b, row, y[0]); });
 }
 
-S1_KERNEL_HALVES(rms_norm_qkv_tile, RmsNormQkvArgs, 128, 8, rms_norm_qkv_tile)
+S1_KERNEL_HALVES(rms_norm_qkv_tile, RmsNormQkvArgs, 128, 4, rms_norm_qkv_tile)
 S1_KERNEL(rms_norm_qkv_plain, RmsNormQkvArgs, 256, 2, rms_norm_qkv_plain)
 
 }  // namespace s1

@@ -60,7 +60,7 @@ __device__ void rms_norm_swiglu_plain(const RmsNormSwigluArgs& a) {
       [&](int b, const float (&y)[2]) { rms_norm_swiglu_put<T>(a, b, row, y); });
 }
 
-S1_KERNEL_HALVES(rms_norm_swiglu_tile, RmsNormSwigluArgs, 128, 8, rms_norm_swiglu_tile)
+S1_KERNEL_HALVES(rms_norm_swiglu_tile, RmsNormSwigluArgs, 128, 4, rms_norm_swiglu_tile)
 S1_KERNEL(rms_norm_swiglu_plain, RmsNormSwigluArgs, 256, 2, rms_norm_swiglu_plain)
 
 }  // namespace s1

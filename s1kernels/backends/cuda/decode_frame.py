@@ -15,6 +15,7 @@ from s1kernels.backends.cuda import (
     embed_frame,
     linear_residual,
     persistent_frame,
+    providers,
     qk_norm_rotary_append,
     rms_norm_logits,
     rms_norm_qkv,
@@ -42,6 +43,9 @@ ATTENTION_OUTPUT = {
     for group in (1, 2, 4)
 }  # fmt: skip
 """(D, H/G) -> attention over a few positions and its projection, in one launch."""
+OPS_OF_A_FRAME = (
+    "attention_decode", "linear_residual", "rms_norm_logits", "rms_norm_qkv", "rms_norm_swiglu", "sample_token"
+)  # fmt: skip
 MOST_FAST_POSITIONS = 16  # that ATTENTION_OUTPUT looks back on
 
 
@@ -63,6 +67,9 @@ class Frame:
         self.config, self.weights, self.head, self.fast_rows = config, weights, head, fast_rows
         self.persistent = persistent_frame.refusal(config, weights, head, fast_rows)
         """Why the persistent kernel does not serve this model, or None."""
+        device_code = ["decode_frame", "embed_frame", "qk_norm_rotary_append", "rms_norm", "swiglu"]  # prefill's too
+        device_code += ["persistent_frame"] if self.persistent is None else list(OPS_OF_A_FRAME)
+        providers.prepare(device_code, head.dtype, head.device)
 
     def decoder(self, rows: Rows, cache: KVCache) -> FrameGraph:
         """What decodes frame after frame by replaying one CUDA graph."""
@@ -189,8 +196,8 @@ class Frame:
             if few:
                 launches.append(
                     ATTENTION_OUTPUT[D, heads // stack.kv_heads].bind(
-                        x.dtype, x.device, grid=ceil_div(stack.dim, TILE_ROWS), shared=staging(rows, heads * D, parts=1, loads=4, warps=8)["shared"],
-                        qkv=qkv, k_cache=k_cache, v_cache=v_cache, q_norm_weight=w.q_norm, k_norm_weight=w.k_norm,
+                        x.dtype, x.device, grid=ceil_div(stack.dim, TILE_ROWS),
+                        shared=staging(rows, heads * D, parts=1, loads=4, warps=8)["shared"], qkv=qkv, k_cache=k_cache, v_cache=v_cache, q_norm_weight=w.q_norm, k_norm_weight=w.k_norm,
                         cos_sin=cos_sin, weight=w.wo, bias=w.o_bias, residual=x, out=x, rows=rows, first=first,
                         heads=heads, kv_heads=stack.kv_heads, capacity=k_cache.shape[2], out_dim=stack.dim, eps=eps,
                     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -43,7 +44,7 @@ class Draws:
         main, fast = torch_offset(device, vocabulary), torch_offset(device, fast_rows)
         before = 2 * main if config.line == "2.0" else main
         self._ras_offset = main
-        self.offsets = {
+        self.offsets: dict[str, Any] = {
             "main_threads": self._main_threads, "fast_threads": self._fast_threads, "fast_offset": before,
             "fast_step": fast,
         }  # fmt: skip

@@ -30,6 +30,7 @@ ADVANCE = Kernel(
     ints="codebooks width fill_first random_numbers",
 )  # fmt: skip
 
+ABANDONED = -2  # a code that the persistent kernel leaves when a block has waited too long for another
 AHEAD = 4  # frames that may be under way before the host has seen the first of them
 
 
@@ -79,7 +80,13 @@ class FrameGraph:
                     self._arrived[asked % AHEAD].record()
                     asked += 1
                 self._arrived[received % AHEAD].synchronize()
-            codes = checked(self._ring[received % AHEAD].clone(), position + received)
+            codes = self._ring[received % AHEAD].clone()
+            if int(codes[0]) == ABANDONED:
+                raise RuntimeError(
+                    f"decode_frame: the GPU gave up waiting for its own blocks in the replay, position "
+                    f"{position + received}; call patch(model, persistent=False), and report it"
+                )
+            checked(codes, position + received)
             generator.set_offset(generator.get_offset() + self._draws.numbers)
             yield codes
             if int(codes[0]) == self.frame.config.end_token:
@@ -174,8 +181,8 @@ class FrameGraph:
             launches = persistent_frame.launches(
                 config, self.frame.weights, self.frame.head, tokens=self._tokens, position=self._position,
                 k_caches=self.cache.k, v_caches=self.cache.v, window=self._window, ids=self.rows.ids,
-                scalars=self._scalars, rng=self._random, main_logits=self.main_logits, fast_logits=self.fast_logits,
-                out=self._codes, **self._draws.offsets,
+                logit_bias=self.rows.bias, scalars=self._scalars, rng=self._random, main_logits=self.main_logits,
+                fast_logits=self.fast_logits, out=self._codes, **self._draws.offsets,
             )  # fmt: skip
             return [*launches, advance]
         launches = self.frame.launches(
@@ -212,7 +219,7 @@ def surfacing(stage: str) -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise torch.cuda.OutOfMemoryError(
-            f"decode_frame: out of GPU memory in the {stage}; free some, or unpatch the model and go on without: {error}"
+            f"decode_frame: out of GPU memory in the {stage}; free some, or go on unpatched: {error}"
         ) from error
     except RuntimeError as error:
         if not str(error).startswith("decode_frame:") and "CUDA" in str(error):

@@ -1,4 +1,4 @@
-"""The frame as one persistent kernel, csrc/cuda/persistent_frame.cu: for models of S1-mini's proportions on sm_90 and later.
+"""The frame as one persistent kernel, csrc/cuda/persistent_frame.cu, for models of S1-mini's proportions.
 
 A list of phases tells the kernel what to do in which order, and where words are exchanged.
 """
@@ -24,8 +24,8 @@ MOST_LOGITS = 1280  # of a block
 FRAME = Kernel(
     "persistent_frame", "persistent_frame", block=416,
     pointers="phases words passes parts abandoned turn tokens position text_embedding codebook_embedding "
-    "fast_embedding caches norms cos_sin fast_cos_sin ids window temperature top_p repetition_penalty top_k rng "
-    "main_logits fast_logits out times",
+    "fast_embedding caches norms cos_sin fast_cos_sin ids logit_bias window temperature top_p repetition_penalty top_k "
+    "rng main_logits fast_logits out times",
     ints="phase_count slow_layers fast_layers codebooks codebook_size text_rows semantic_begin semantic_end capacity "
     "vocabulary fast_rows width main_threads fast_threads fast_offset fast_step",
     floats="scale eps",
@@ -78,7 +78,7 @@ def refusal(config: DualARConfig, weights: Weights, head: Tensor, fast_rows: int
         "the GPU has too little shared memory a block": facts.shared_memory_per_block_optin < SHARED_BYTES,
         f"the dtype is {head.dtype}; it needs a 16-bit one": head.dtype not in HALVES,
         f"the stacks have other proportions than S1-mini's: {shape}": shape != (1024, 16, 8, 128, 1024, 16, 8, 64),
-        "a feed-forward width is not 1024, 2048 or 3072": not all(s.intermediate in (1024, 2048, 3072) for s in (slow, fast)),
+        "a feed-forward width is not 1024, 2048 or 3072": {slow.intermediate, fast.intermediate} - {1024, 2048, 3072},
         "the fast stack is too deep, or has too many codebooks": fast.layers > 4 or config.codebooks > 10,
         "there are biases, or norms in the fast stack's attention": slow.qkv_bias or slow.o_bias or fast.qkv_bias
         or fast.o_bias or fast.qk_norm,
@@ -153,8 +153,8 @@ class Phases:
         pairs = -(-rows // (2 * BLOCKS))
         return Phase(
             kind, weight.data_ptr(), weight.data_ptr() + columns * self.size,
-            0 if norm_weight is None else norm_weight.data_ptr(), 2 * columns * self.size, pairs, columns // WIDTH, rows,
-            source, given, out, vectors, layer, position,
+            0 if norm_weight is None else norm_weight.data_ptr(), 2 * columns * self.size, pairs, columns // WIDTH,
+            rows, source, given, out, vectors, layer, position,
         )  # fmt: skip
 
     def _room(self, words: int) -> int:
@@ -164,7 +164,8 @@ class Phases:
 
 def launches(
     config: DualARConfig, weights: Weights, head: Tensor, *, tokens: Tensor, position: Tensor, k_caches: list[Tensor],
-    v_caches: list[Tensor], window: Tensor, ids: Tensor | None, scalars: dict[str, Tensor], rng: Tensor,
+    v_caches: list[Tensor], window: Tensor, ids: Tensor | None,
+    logit_bias: Tensor | None, scalars: dict[str, Tensor], rng: Tensor,
     main_threads: int, fast_threads: int, fast_offset: int, fast_step: int, main_logits: Tensor, fast_logits: Tensor,
     out: Tensor, times: Tensor | None = None,
 ) -> list[Launch]:  # fmt: skip
@@ -189,8 +190,8 @@ def launches(
         codebook_embedding=weights.codebook_embedding, fast_embedding=weights.fast_embedding,
         caches=addresses(list(zip(k_caches, v_caches, strict=True))),
         norms=addresses([(w.q_norm, w.k_norm) for w in weights.slow]), cos_sin=weights.cos_sin,
-        fast_cos_sin=weights.fast_cos_sin, ids=ids, window=window, **scalars, rng=rng, main_logits=main_logits,
-        fast_logits=fast_logits, out=out, times=times, phase_count=len(phases.list), slow_layers=config.slow.layers,
+        fast_cos_sin=weights.fast_cos_sin, ids=ids, logit_bias=logit_bias, window=window, **scalars, rng=rng,
+        main_logits=main_logits, fast_logits=fast_logits, out=out, times=times, phase_count=len(phases.list), slow_layers=config.slow.layers,
         fast_layers=config.fast.layers, codebooks=config.codebooks, codebook_size=config.codebook_size,
         text_rows=weights.text_embedding.shape[0], semantic_begin=config.semantic_begin,
         semantic_end=config.semantic_end, capacity=k_caches[0].shape[2], vocabulary=head.shape[0], fast_rows=1024,

@@ -1,0 +1,71 @@
+"""The frame as one persistent kernel, on GPUs that can run it, against the graph of the ops' kernels."""
+
+import pytest
+import torch
+from cuda_models import HALVES, LIMIT, SAMPLED, build, needs_gpu, prompt, without
+
+from s1kernels.testing import rel_error
+
+pytestmark = needs_gpu
+
+
+def engine(dtype, **options):
+    return without(build("s1_mini", "cuda", dtype, **options))
+
+
+@pytest.fixture(autouse=True)
+def served():
+    if reason := engine(HALVES[0]).decoder.frame.persistent:
+        pytest.skip(f"the persistent kernel does not serve here: {reason}")
+
+
+@pytest.mark.parametrize("constrained", [False, True], ids=["all", "constrained"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_its_logits_are_those_of_the_ops_kernels(dtype, constrained):
+    """Frame by frame from the same tokens and windows; positions on both sides of what one step of a block reads."""
+    one, many = (engine(dtype, persistent=p, constrained=constrained) for p in (True, False))
+    assert one.decoder.kernels == 0 and one.decoder.frame.persistent is None and many.decoder.frame.persistent
+    text = prompt("s1_mini", 600, "cuda")
+    window = torch.randint(0, 1024, (text.shape[0], 16), dtype=torch.int32, device="cuda")
+    for t in (1, 2, 15, 16, 17, 255, 256, 257, 511, 512, 599):
+        for e in (one, many):
+            e.prefill(text[:, :t])
+            e.step(text[:, t : t + 1], t, SAMPLED, window, torch.Generator("cuda").manual_seed(t))
+        assert rel_error(one.main_logits, many.main_logits) < LIMIT[dtype], t
+        assert rel_error(one.fast_logits[:, :1], many.fast_logits[:, :1]) < LIMIT[dtype], t
+        for k, other in zip(one.cache.k, many.cache.k, strict=True):
+            assert rel_error(k[0, :, t], other[0, :, t]) < LIMIT[dtype], t
+    assert one.decoder.kernels == 3
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_it_draws_what_its_logits_say(dtype):
+    """The draws, held to sample_token's reference on the frame's own logits and torch's own noise."""
+    from s1kernels.ops import references
+
+    one = engine(dtype)
+    text, wrong = prompt("s1_mini", 300, "cuda"), 0
+    config, none = one.config, torch.tensor(0, dtype=torch.int32)
+    scalars = [torch.tensor(x) for x in (SAMPLED.temperature, SAMPLED.top_p, SAMPLED.repetition_penalty)]
+    for t in range(1, 40):
+        window = torch.randint(0, 1024, (text.shape[0], 16), dtype=torch.int32, device="cuda")
+        one.prefill(text[:, :t])
+        codes = one.step(text[:, t : t + 1], t, SAMPLED, window, torch.Generator("cuda").manual_seed(t)).tolist()
+        noise = torch.Generator("cuda").manual_seed(t)
+        rows = [one.main_logits[0], *one.fast_logits[0]]
+        windows = [window[:, 0], *window[2:]]
+        for i, (logits, said) in enumerate(zip(rows, windows, strict=True)):
+            drawn = torch.empty_like(logits).exponential_(generator=noise)
+            token = references.sample_token(
+                logits[None].cpu(), drawn[None].cpu(), None, said[None].cpu(), None, *scalars, none, 0, 0
+            )
+            wrong += int(token) != codes[0 if i == 0 else i + 1]
+        assert codes[1] == min(max(codes[0] - config.semantic_begin, 0), config.codebook_size - 1)
+    assert wrong <= 1  # a draw within float32 rounding of another
+
+
+def test_thousands_of_frames_have_the_same_bits():
+    one = engine(HALVES[0])
+    runs = [one.generate(prompt("s1_mini", 20, "cuda"), 1200, SAMPLED, seed=5) for _ in range(3)]
+    assert runs[0].shape[1] == 1200
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
