@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_models import DEVICES, GREEDY, MODELS, SAMPLED, build, needs_gpu, prompt, weights
+from cuda_models import DEVICES, GREEDY, MODELS, SAMPLED, build, needs_gpu, prompt, weights, without
 
 from s1kernels import BackendError, Engine
 from s1kernels.backends.cuda.launch import Launch
@@ -51,6 +51,16 @@ def test_what_is_out_of_range_is_refused(what, device):
     with pytest.raises(ValueError, match=message):
         call(engine)
     assert torch.equal(say(engine), codes)
+
+
+def test_a_run_goes_on_to_the_last_position(device):
+    """All frames that there is room for come first, then the refusal."""
+    engine, text, frames = without(build("small", device)), prompt("small", 1497), []
+    engine.prefill(text[:, :-1])
+    with pytest.raises(ValueError, match="positions must be at most max_positions=1500, got 1501"):
+        for codes in engine.frames(text[:, -1:], 1496, 10, SAMPLED):
+            frames.append(codes)
+    assert len(frames) == 4
 
 
 @needs_gpu

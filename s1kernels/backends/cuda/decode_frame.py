@@ -197,9 +197,10 @@ class Frame:
                 launches.append(
                     ATTENTION_OUTPUT[D, heads // stack.kv_heads].bind(
                         x.dtype, x.device, grid=ceil_div(stack.dim, TILE_ROWS),
-                        shared=staging(rows, heads * D, parts=1, loads=4, warps=8)["shared"], qkv=qkv, k_cache=k_cache, v_cache=v_cache, q_norm_weight=w.q_norm, k_norm_weight=w.k_norm,
-                        cos_sin=cos_sin, weight=w.wo, bias=w.o_bias, residual=x, out=x, rows=rows, first=first,
-                        heads=heads, kv_heads=stack.kv_heads, capacity=k_cache.shape[2], out_dim=stack.dim, eps=eps,
+                        shared=staging(rows, heads * D, parts=1, loads=4, warps=8)["shared"], qkv=qkv, k_cache=k_cache,
+                        v_cache=v_cache, q_norm_weight=w.q_norm, k_norm_weight=w.k_norm, cos_sin=cos_sin, weight=w.wo,
+                        bias=w.o_bias, residual=x, out=x, rows=rows, first=first, heads=heads,
+                        kv_heads=stack.kv_heads, capacity=k_cache.shape[2], out_dim=stack.dim, eps=eps,
                     )
                 )  # fmt: skip
             elif position is not None and scratch is not None:
