@@ -66,7 +66,7 @@ def plan_cuda(torch, home: str | None) -> str:
     every = [arch for arch in CONFIG["cuda"]["architectures"] if arch in known]
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     wanted = wanted or [f"{a}.{b}" for a, b in present] or [*every[:-1], every[-1] + "+PTX"]
-    if unfit := [arch for arch in wanted if arch.removesuffix("+PTX") not in known]:
+    if unfit := [arch for arch in wanted if arch.removesuffix("+PTX").rstrip("af") not in known]:
         return f"{nvcc} compiles for {', '.join(known)}, not for {', '.join(unfit)} (see TORCH_CUDA_ARCH_LIST)"
     INFO.update(cuda=f"{release[1]}.{release[2]}", architectures=wanted)
     return ""

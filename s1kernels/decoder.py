@@ -13,6 +13,7 @@ from s1kernels.cache import KVCache
 from s1kernels.contract import Op
 from s1kernels.model.config import DualARConfig
 from s1kernels.model.dual_ar import DualAR
+from s1kernels.ops.embed_frame import check_range
 from s1kernels.sampling import Rows, Sampling, remember, repetition_windows
 
 
@@ -103,6 +104,14 @@ class HostDecoder:
             noise.exponential_(1, generator=generator)
         else:
             noise.uniform_(generator=generator).clamp_(min=1e-38).log_().neg_()
+
+
+def check_tokens(tokens: Tensor, config: DualARConfig) -> None:
+    """Raise ValueError as embed_frame's reference does for tokens [T, N+1] out of range: kernels on a GPU cannot."""
+    main, codes = tokens[:, :1], tokens[:, 1:]
+    check_range("token", main, config.vocab_size, 0)
+    semantic = (main >= config.semantic_begin) & (main <= config.semantic_end)
+    check_range("code", torch.where(semantic, codes, 0), config.codebook_size, 1)
 
 
 def checked(codes: Tensor, position: int) -> Tensor:

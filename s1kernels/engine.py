@@ -11,7 +11,7 @@ from torch import Tensor
 
 from s1kernels import registry
 from s1kernels.cache import KVCache
-from s1kernels.decoder import Chosen, Decoder, HostDecoder, OpsProgram
+from s1kernels.decoder import Chosen, Decoder, HostDecoder, OpsProgram, check_tokens
 from s1kernels.model.config import DualARConfig
 from s1kernels.model.dual_ar import DualAR
 from s1kernels.model.weights import Weights
@@ -66,6 +66,8 @@ class Engine:
 
     def reset(self) -> None:
         """Forget what was said: the cache goes back to its first size, and the next prompt starts at position 0."""
+        if drop := getattr(self.decoder, "drop", None):  # what holds the cache that goes
+            drop()
         self.cache.reset()
 
     def semantic_rows(self) -> Rows:
@@ -102,6 +104,7 @@ class Engine:
     def prefill(self, prompt: Tensor, start: int = 0) -> None:
         """Read a prompt's frames ([N+1, T] tokens) into the cache, at positions start ... start+T-1."""
         tokens = self._frames(prompt)
+        check_tokens(tokens, self.config)
         self.cache.reserve(start + tokens.shape[0])
         with torch.inference_mode():
             self._model.prefill(tokens, start, self.cache.k, self.cache.v)

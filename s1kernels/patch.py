@@ -151,10 +151,10 @@ def unpatch(model: nn.Module) -> None:
             raise ValueError(
                 f"unpatch: model must be patched, got an unpatched {type(model).__name__}; call s1kernels.patch first"
             )
-        if patched.cache.capacity and patched.cache.capacity < patched.cache.limit:
-            patched.cache.reserve(patched.cache.limit)
         others = list(_PATCHED.items())
-        for module in patched.modules:
+        cache, modules = patched.cache, patched.modules
+        del patched  # the engine, and what its graph holds of the cache
+        for module in modules:
             if not any(module in other.modules for _, other in others):
                 for name in (LOOP, STEP):
                     setattr(module, name, getattr(module, name).__wrapped__)
@@ -164,6 +164,8 @@ def unpatch(model: nn.Module) -> None:
                 delattr(type(model), name)
                 if getattr(type(model), name, None) is not original:
                     setattr(type(model), name, original)
+        if cache.capacity and cache.capacity < cache.limit:
+            cache.reserve(cache.limit)
 
 
 def engine_of(model: nn.Module) -> Engine:

@@ -162,11 +162,17 @@ class UpstreamCache(KVCache):
             original(model, max_batch_size, room, dtype)
 
     def _resize(self, capacity: int) -> None:
-        model = self._model()
+        model, before = self._model(), self.capacity
+        caches = [layer.attention.kv_cache for layer in model.layers]
         with torch.inference_mode(False):
-            for layer in model.layers:
-                cache = layer.attention.kv_cache
-                cache.k_cache, cache.v_cache = resized(cache.k_cache, capacity), resized(cache.v_cache, capacity)
+            try:
+                for cache in caches:
+                    cache.k_cache, cache.v_cache = resized(cache.k_cache, capacity), resized(cache.v_cache, capacity)
+            except torch.cuda.OutOfMemoryError:
+                for cache in caches:  # all of one size again
+                    if cache.k_cache.shape[2] != before:
+                        cache.k_cache, cache.v_cache = resized(cache.k_cache, before), resized(cache.v_cache, before)
+                raise
         model.max_seq_len = capacity
 
     def _tensors(self, name: str) -> list[Tensor]:

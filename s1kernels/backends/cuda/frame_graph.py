@@ -18,8 +18,8 @@ from s1kernels.backends.cuda.draws import Draws
 from s1kernels.backends.cuda.launch import Kernel, Launch, current_stream
 from s1kernels.backends.cuda.sample_token import Window
 from s1kernels.cache import KVCache
-from s1kernels.decoder import checked
-from s1kernels.ops.embed_frame import check_range
+from s1kernels.decoder import check_tokens, checked
+from s1kernels.registry import BackendError
 from s1kernels.sampling import WINDOW, Rows, Sampling
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class FrameGraph:
         self._random = torch.zeros(2, dtype=torch.int64, device=device)
         self._scalars = {name: torch.zeros((), **floats) for name in ("temperature", "top_p", "repetition_penalty")}
         self._scalars["top_k"] = torch.zeros((), **ints)
-        self._ring = torch.zeros(AHEAD, codes + 1, dtype=torch.int32, pin_memory=True)
+        self._ring = torch.zeros(AHEAD, codes + 1, dtype=torch.int32, device="cpu", pin_memory=True)
         self._arrived = [torch.cuda.Event() for _ in range(AHEAD)]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._launches: list[Launch] = []
@@ -67,14 +67,16 @@ class FrameGraph:
         generator: torch.Generator | None,
     ) -> Iterator[Tensor]:  # fmt: skip
         """See `s1kernels.decoder.Decoder`."""
-        self._check_tokens(tokens)
+        if position < 0:
+            raise ValueError(f"decode_frame: position must be at least 0, got {position}; the prompt starts at 0")
         generator = self._generator(generator)
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), surfacing("start"):
+            check_tokens(tokens, self.frame.config)
             self._start(tokens, position, sampling, previous, generator)
-        asked = 0
+        asked, room = 0, self.frame.config.max_positions - position
         for received in range(count):
             with torch.cuda.device(self.device), surfacing(f"replay, position {position + received}"):
-                while asked < min(count, received + AHEAD):
+                while asked < min(count, received + AHEAD, max(room, received + 1)):
                     self._replay(position + asked)
                     self._ring[asked % AHEAD].copy_(self._codes[0], non_blocking=True)
                     self._arrived[asked % AHEAD].record()
@@ -113,7 +115,9 @@ class FrameGraph:
     def _start(
         self, tokens: Tensor, position: int, sampling: Sampling, previous: Tensor | None, generator: torch.Generator
     ) -> None:
-        """Put the state of the frame to come on the device."""
+        """Put the state of the frame to come on the device, after replays that are under way in whatever stream."""
+        for event in self._arrived:
+            torch.cuda.current_stream().wait_event(event)
         self._tokens.copy_(tokens)
         self._position.fill_(position)
         for name, value in vars(sampling).items():
@@ -139,7 +143,7 @@ class FrameGraph:
     def _prepare(self, positions: int) -> None:
         """Make room in the cache, and capture the frame if the cache has moved."""
         self.cache.reserve(positions)
-        where = tuple(tensor.data_ptr() for tensor in (*self.cache.k, *self.cache.v))
+        where = (self.cache.capacity, *(tensor.data_ptr() for tensor in (*self.cache.k, *self.cache.v)))
         if self._graph is not None and where == self._captured:
             return
         self.drop()
@@ -191,14 +195,6 @@ class FrameGraph:
         )  # fmt: skip
         return [*launches, advance]
 
-    def _check_tokens(self, tokens: Tensor) -> None:
-        """Raise ValueError as embed_frame's reference does: the kernels cannot."""
-        c = self.frame.config
-        main, codes = tokens[:, :1], tokens[:, 1:]
-        check_range("token", main, c.vocab_size, 0)
-        if c.semantic_begin <= int(main) <= c.semantic_end:
-            check_range("code", codes, c.codebook_size, 1)
-
     def _generator(self, generator: torch.Generator | None) -> torch.Generator:
         if generator is None:
             torch.cuda.init()
@@ -218,11 +214,14 @@ def surfacing(stage: str) -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
+        if str(error).startswith("decode_frame:"):
+            raise
         raise torch.cuda.OutOfMemoryError(
             f"decode_frame: out of GPU memory in the {stage}; free some, or go on unpatched: {error}"
         ) from error
     except RuntimeError as error:
-        if not str(error).startswith("decode_frame:") and "CUDA" in str(error):
+        told = isinstance(error, BackendError) or str(error).startswith("decode_frame:")
+        if not told and "CUDA" in str(error):
             raise RuntimeError(
                 f"decode_frame: the GPU failed in the {stage}: {error}. An error inside a kernel cannot be cleared; "
                 "restart the process"

@@ -232,13 +232,16 @@ def _manifest(folder: Path) -> list[dict[str, str]]:
 
 
 def _runs(built: str, arch: tuple[int, int]) -> bool:
-    """Whether code for "8.6" or "8.6+PTX" runs on a GPU: on later minor versions of it, PTX on all later GPUs."""
+    """Whether code for "8.6", "9.0a" or "8.6+PTX" runs on a GPU: on later minor versions of it too, with an "a" on no
+    other, PTX on all later GPUs."""
     version = _version(built)
+    if built.endswith("a"):
+        return version == arch
     return version <= arch and (version[0] == arch[0] or built.endswith("+PTX"))
 
 
 def _version(dotted: str) -> tuple[int, ...]:
-    return tuple(map(int, dotted.removesuffix("+PTX").split(".")))
+    return tuple(map(int, dotted.removesuffix("+PTX").rstrip("af").split(".")))
 
 
 def _dotted(version: tuple[int, ...]) -> str:
