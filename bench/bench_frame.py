@@ -132,7 +132,7 @@ class Bench:
             )
             for rows in o.rows
         ]
-        graphs.append(Contender("s1kernels graph of ops' kernels", o.frames, {"persistent": False}, refused=no_graph))
+        graphs.append(Contender("s1kernels persistent", o.frames, {"persistent": True}, refused=no_graph))
         skipped = "left out (--skip-compiled)" if o.skip_compiled else ""
         compiled = Contender(COMPILED, o.frames, compiled=True, refused=skipped)
         return [Contender(EAGER, o.slow_frames), per_op, *graphs, compiled]

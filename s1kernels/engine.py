@@ -25,8 +25,8 @@ class Engine:
         config, weights: the model. The weights are used where they lie; nothing is copied but sampled rows of the head.
         backend: "auto", one back end for everything, or {op: back end} for single ops.
         graph: on a GPU, capture a whole frame as one CUDA graph; False runs it op by op.
-        persistent: let the graph be a single kernel where the GPU and the model's shape allow it; False makes it of the
-            ops' kernels.
+        persistent: on trial: let that graph be a single kernel where GPU and model allow it; False makes it of the ops'
+            kernels. `decoder.frame.persistent` says why not.
         constrained: sample only the semantic tokens and the end token, as the 2.0 line always does. The S1 line samples
             the whole vocabulary otherwise, as upstream does.
         cache: keys and values to work on; None allocates a growing `KVCache`.
@@ -44,7 +44,7 @@ class Engine:
         *,
         backend: str | Mapping[str, str] = "auto",
         graph: bool = True,
-        persistent: bool = True,
+        persistent: bool = False,
         constrained: bool = False,
         cache: KVCache | None = None,
     ) -> None:
@@ -235,8 +235,8 @@ class Engine:
                 program = OpsProgram(self._model, rows.head)
             else:
                 program = self._bind_frame(self.config, self.weights, rows.head, self.config.fast_rows)
-                if not self._persistent and getattr(program, "persistent", "") is None:
-                    program.persistent = "not asked for"
+                if self._persistent and hasattr(program, "use_persistent"):
+                    program.use_persistent()
             everything = self.weights.head.data_ptr()
             self._programs = {k: p for k, p in self._programs.items() if k == everything} | {key: program}
         return self._programs[key]

@@ -34,6 +34,11 @@ MODELS = {
         slow=StackConfig(layers=2, dim=1024, heads=16, kv_heads=8, head_dim=128, intermediate=1024, qk_norm=True),
         fast=StackConfig(layers=1, dim=1024, heads=16, kv_heads=8, head_dim=64, intermediate=1024),
     ),  # S1-mini's widths, few layers
+    "s1_mini_heads": dataclasses.replace(
+        CONFIG, vocab_size=155_776, codebooks=10, codebook_size=4096, semantic_begin=151_678, semantic_end=155_773,
+        slow=StackConfig(layers=3, dim=1024, heads=16, kv_heads=8, head_dim=128, intermediate=3072, qk_norm=True),
+        fast=StackConfig(layers=4, dim=1024, heads=16, kv_heads=8, head_dim=64, intermediate=3072),
+    ),  # all of it but most of the slow layers
 }  # fmt: skip
 OLD = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)  # without bfloat16
 HALVES = [torch.float16] if OLD else [torch.bfloat16, torch.float16]

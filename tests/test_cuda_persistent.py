@@ -4,28 +4,33 @@ import pytest
 import torch
 from cuda_models import HALVES, LIMIT, SAMPLED, build, needs_gpu, prompt, without
 
+from s1kernels.ops import references
 from s1kernels.testing import rel_error
 
 pytestmark = needs_gpu
 
 
-def engine(dtype, **options):
-    return without(build("s1_mini", "cuda", dtype, **options))
+NAMES = ["s1_mini", "s1_mini_heads"]
+
+
+def engine(name, dtype, persistent=True, **options):
+    return without(build(name, "cuda", dtype, persistent=persistent, **options))
 
 
 @pytest.fixture(autouse=True)
 def served():
-    if reason := engine(HALVES[0]).decoder.frame.persistent:
+    if reason := engine("s1_mini", HALVES[0]).decoder.frame.persistent:
         pytest.skip(f"the persistent kernel does not serve here: {reason}")
 
 
 @pytest.mark.parametrize("constrained", [False, True], ids=["all", "constrained"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_its_logits_are_those_of_the_ops_kernels(dtype, constrained):
+@pytest.mark.parametrize("name", NAMES)
+def test_its_logits_are_those_of_the_ops_kernels(name, dtype, constrained):
     """Frame by frame from the same tokens and windows; positions on both sides of what one step of a block reads."""
-    one, many = (engine(dtype, persistent=p, constrained=constrained) for p in (True, False))
-    assert one.decoder.kernels == 0 and one.decoder.frame.persistent is None and many.decoder.frame.persistent
-    text = prompt("s1_mini", 600, "cuda")
+    one, many = (engine(name, dtype, p, constrained=constrained) for p in (True, False))
+    assert one.decoder.frame.persistent is None and many.decoder.frame.persistent
+    text = prompt(name, 600, "cuda")
     window = torch.randint(0, 1024, (text.shape[0], 16), dtype=torch.int32, device="cuda")
     for t in (1, 2, 15, 16, 17, 255, 256, 257, 511, 512, 599):
         for e in (one, many):
@@ -39,12 +44,11 @@ def test_its_logits_are_those_of_the_ops_kernels(dtype, constrained):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_it_draws_what_its_logits_say(dtype):
+@pytest.mark.parametrize("name", NAMES)
+def test_it_draws_what_its_logits_say(name, dtype):
     """The draws, held to sample_token's reference on the frame's own logits and torch's own noise."""
-    from s1kernels.ops import references
-
-    one = engine(dtype)
-    text, wrong = prompt("s1_mini", 300, "cuda"), 0
+    one = engine(name, dtype)
+    text, wrong = prompt(name, 300, "cuda"), 0
     config, none = one.config, torch.tensor(0, dtype=torch.int32)
     scalars = [torch.tensor(x) for x in (SAMPLED.temperature, SAMPLED.top_p, SAMPLED.repetition_penalty)]
     for t in range(1, 40):
@@ -64,8 +68,9 @@ def test_it_draws_what_its_logits_say(dtype):
     assert wrong <= 1  # a draw within float32 rounding of another
 
 
-def test_thousands_of_frames_have_the_same_bits():
-    one = engine(HALVES[0])
-    runs = [one.generate(prompt("s1_mini", 20, "cuda"), 1200, SAMPLED, seed=5) for _ in range(3)]
+@pytest.mark.parametrize("name", NAMES)
+def test_thousands_of_frames_have_the_same_bits(name):
+    one = engine(name, HALVES[0])
+    runs = [one.generate(prompt(name, 20, "cuda"), 1200, SAMPLED, seed=5) for _ in range(3)]
     assert runs[0].shape[1] == 1200
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])

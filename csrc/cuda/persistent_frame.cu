@@ -115,7 +115,7 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
   }
   __syncthreads();
   if (warp_id() == kWorkers) {
-    if (lane_id() < kStreams) PersistentFrame<T>::stream(a, s);
+    if (lane_id() == 0) PersistentFrame<T>::stream(a, s);
     return;
   }
   PersistentFrame<T> frame{{{{a, s, {0, 0}, {a.abandoned, false}, 0, *a.position, *a.turn}}}};

@@ -15,43 +15,41 @@ struct FrameProjections {
   int position;  // of the frame
   uint32 turn;   // number of the frame
 
-  // Copies this block's unit u of a phase, the frame's unit `number`, when its slot is free.
-  static __device__ __forceinline__ void copy_unit(Shared<T>& s, const Phase& f, int u, int first, int number) {
-    const int pair = first + u / f.slices, slot = number % kSlots;
-    const int64 from = static_cast<int64>(pair) * f.stride + u % f.slices * (kUnitBytes / 2);
-    barrier_wait(s.empty + slot, number / kSlots % 2 ^ 1);
-    if (number >= kAtOnce) {
-      const int done = number - kAtOnce;
-      barrier_wait(s.full + done % kSlots, done / kSlots % 2);
-    }
-    uint64* full = s.full + slot;
-    unsigned char* to = s.ring + slot * kUnitBytes;
-    const unsigned char* row_a = reinterpret_cast<const unsigned char*>(f.row_a) + from;
-    const unsigned char* row_b = reinterpret_cast<const unsigned char*>(f.row_b) + from;
-    if (f.kind != kSwiglu && 2 * pair + 1 >= f.rows) row_b = row_a;  // the last row is alone
-    barrier_expect(full, kUnitBytes);
-    if (row_b == row_a + kUnitBytes / 2) {
-      bulk_copy(to, row_a, kUnitBytes, full);
-    } else {
-      bulk_copy(to, row_a, kUnitBytes / 2, full);
-      bulk_copy(to + kUnitBytes / 2, row_b, kUnitBytes / 2, full);
-    }
-  }
-
-  // The warp that streams the weights: kStreams lanes, each with every kStreams-th unit.
+  // The warp that streams the weights: one lane, so that units come in order and no slot is a turn ahead of another.
   static __device__ void stream(const PersistentFrameArgs& a, Shared<T>& s) {
-    int issued = 0;  // units of earlier phases
+    int issued = 0;
+    RingCursor<kSlots> at{0, 1}, done{0, 0};
     Phase next = a.phases[0];
     for (int p = 0; p < a.phase_count; ++p) {
       const Phase f = next;
       if (p + 1 < a.phase_count) next = a.phases[p + 1];
       if (f.row_a == 0) continue;
       const int units = pairs_here(f) * f.slices, first = static_cast<int>(blockIdx.x) * f.pairs;
-      for (int u = lane_id(); u - lane_id() < units; u += kStreams) {
-        if (u < units) copy_unit(s, f, u, first, issued + u);
-        __syncwarp((1u << kStreams) - 1u);  // a lane a round ahead would take an old turn of a slot for its own
+      for (int u = 0; u < units; ++u) {
+        barrier_wait(s.empty + at.slot, at.parity);
+        if (issued++ >= kAtOnce) {
+          barrier_wait(s.full + done.slot, done.parity);
+          done.advance(1);
+        }
+        copy_unit(s, f, first + u / f.slices, u % f.slices, at.slot);
+        at.advance(1);
       }
-      issued += units;
+    }
+  }
+
+  static __device__ __forceinline__ void copy_unit(Shared<T>& s, const Phase& f, int pair, int slice, int slot) {
+    const int64 from = static_cast<int64>(pair) * f.stride + slice * (kUnitBytes / 2);
+    const unsigned char* row_a = reinterpret_cast<const unsigned char*>(f.row_a) + from;
+    const unsigned char* row_b = reinterpret_cast<const unsigned char*>(f.row_b) + from;
+    if (f.kind != kSwiglu && 2 * pair + 1 >= f.rows) row_b = row_a;  // the last row is alone
+    unsigned char* to = s.ring + slot * kUnitBytes;
+    uint64* full = s.full + slot;
+    barrier_expect(full, kUnitBytes);
+    if (row_b == row_a + kUnitBytes / 2) {
+      bulk_copy(to, row_a, kUnitBytes, full);
+    } else {
+      bulk_copy(to, row_a, kUnitBytes / 2, full);
+      bulk_copy(to + kUnitBytes / 2, row_b, kUnitBytes / 2, full);
     }
   }
 

@@ -13,7 +13,6 @@ constexpr int kWorkers = 12;  // warps that compute
 // Units in the ring: a multiple of kWorkers, so that a slot's last unit was the same warp's. Else a warp could come for
 // a unit before the one that the slot held before has arrived, and take the parity of that for its own.
 constexpr int kSlots = 2 * kWorkers;
-constexpr int kStreams = 4;           // lanes that copy units
 constexpr int kAtOnce = 8;            // units that may be under way; more does not stream faster
 constexpr int kPollDelay = 400;       // cycles before the first poll of a phase: one that misses costs a round trip
 constexpr int kWidth = 1024;          // C of both stacks

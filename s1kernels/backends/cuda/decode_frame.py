@@ -6,6 +6,7 @@ Kernels of its own are csrc/cuda/decode_frame.cu; the rest are those of the ops.
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,9 +44,11 @@ ATTENTION_OUTPUT = {
     for group in (1, 2, 4)
 }  # fmt: skip
 """(D, H/G) -> attention over a few positions and its projection, in one launch."""
-OPS_OF_A_FRAME = (
-    "attention_decode", "linear_residual", "rms_norm_logits", "rms_norm_qkv", "rms_norm_swiglu", "sample_token"
-)  # fmt: skip
+SOURCES = [
+    "attention_decode", "decode_frame", "embed_frame", "linear_residual", "qk_norm_rotary_append", "rms_norm",
+    "rms_norm_logits", "rms_norm_qkv", "rms_norm_swiglu", "sample_token", "swiglu",
+]  # fmt: skip
+"""The kernels of a frame and of a prompt."""
 MOST_FAST_POSITIONS = 16  # that ATTENTION_OUTPUT looks back on
 
 
@@ -61,15 +64,18 @@ class Frame:
     """
 
     def __init__(self, config: DualARConfig, weights: Weights, head: Tensor, fast_rows: int) -> None:
-        for part in (weights, *weights.slow, *weights.fast):
+        parts: list[Weights | LayerWeights] = [weights, *weights.slow, *weights.fast]
+        for part in parts:
             for field in fields(part):
                 _check_weight(field.name, getattr(part, field.name), head)
         self.config, self.weights, self.head, self.fast_rows = config, weights, head, fast_rows
-        self.persistent = persistent_frame.refusal(config, weights, head, fast_rows)
-        """Why the persistent kernel does not serve this model, or None."""
-        device_code = ["decode_frame", "embed_frame", "qk_norm_rotary_append", "rms_norm", "swiglu"]  # prefill's too
-        device_code += ["persistent_frame"] if self.persistent is None else list(OPS_OF_A_FRAME)
-        providers.prepare(device_code, head.dtype, head.device)
+        self.persistent: str | None = "not asked for"
+        """Why a frame is not one persistent kernel, or None if it is."""
+        providers.prepare(SOURCES, head.dtype, head.device)
+
+    def use_persistent(self) -> None:
+        """Make the frame one persistent kernel, if GPU and model allow it; `persistent` says why not."""
+        self.persistent = persistent_frame.refusal(self.config, self.weights, self.head, self.fast_rows)
 
     def decoder(self, rows: Rows, cache: KVCache) -> FrameGraph:
         """What decodes frame after frame by replaying one CUDA graph."""
@@ -122,7 +128,7 @@ class Frame:
             projected = self.head.new_empty(B, c.fast.dim)
             launches += linear_residual.launches(hidden, w.project_weight, w.project_bias, None, projected)
             hidden = projected
-        common = dict(
+        common: dict[str, Any] = dict(
             **scalars, rng=random.state, rng_uniform=random.uniform, semantic_begin=c.semantic_begin,
             semantic_end=c.semantic_end, codebook_size=c.codebook_size, rows=B, dim=c.fast.dim,
             out_stride=out.shape[1],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,8 +45,8 @@ class FrameGraph:
         self.frame, self.rows, self.cache = frame, rows, cache
         config, device = frame.config, frame.head.device
         self.device, codes = device, config.codebooks
-        floats = {"dtype": torch.float32, "device": device}
-        ints = {"dtype": torch.int32, "device": device}
+        floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
         self.main_logits = torch.zeros(1, rows.head.shape[0], **floats)
         self.fast_logits = torch.zeros(1, codes - 1, frame.fast_rows, **floats)
         self._tokens, self._codes = (torch.zeros(1, codes + 1, **ints) for _ in range(2))
@@ -86,7 +86,7 @@ class FrameGraph:
             if int(codes[0]) == ABANDONED:
                 raise RuntimeError(
                     f"decode_frame: the GPU gave up waiting for its own blocks in the replay, position "
-                    f"{position + received}; call patch(model, persistent=False), and report it"
+                    f"{position + received}; leave out persistent=True, and report it"
                 )
             checked(codes, position + received)
             generator.set_offset(generator.get_offset() + self._draws.numbers)

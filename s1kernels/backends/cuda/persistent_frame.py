@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class Phase:
 def refusal(config: DualARConfig, weights: Weights, head: Tensor, fast_rows: int) -> str | None:
     """Why the persistent kernel cannot serve a model, or None."""
     device, slow, fast = head.device, config.slow, config.fast
-    facts = torch.cuda.get_device_properties(device)
+    facts: Any = torch.cuda.get_device_properties(device)
     shape = (slow.dim, slow.heads, slow.kv_heads, slow.head_dim, fast.dim, fast.heads, fast.kv_heads, fast.head_dim)
     reasons = {
         f"the GPU has compute capability {capability(device)}; it needs 9.0": capability(device) < (9, 0),
@@ -121,7 +122,7 @@ class Phases:
         slow, x = stack is self.config.slow, 0
         half = vectors * WIDTH // 2
         for i, w in enumerate(layers):
-            common = dict(vectors=vectors, layer=i, position=position)
+            common: dict[str, Any] = dict(vectors=vectors, layer=i, position=position)
             qkv = self._room(vectors * stack.qkv_rows // 2)
             begins = source if i == 0 else Source.WORDS
             self.list.append(
