@@ -189,7 +189,8 @@ class Frame:
             scratch = attention_decode.Scratch(rows, heads, stack.kv_heads, D, k_caches[0].shape[2], x.device)
         few = (
             position is None and not refused and caches == 1 and (D, heads // stack.kv_heads) in ATTENTION_OUTPUT
-            and self.config.codebooks <= MOST_FAST_POSITIONS and vectorized(heads * D, x, *(w.wo for w in layers))
+            and self.config.codebooks <= MOST_FAST_POSITIONS and self.fast_rows <= sample_token.SOLO_VOCABULARY
+            and vectorized(heads * D, x, *(w.wo for w in layers))
         )  # fmt: skip
         if position is None:
             here = torch.arange(first, first + rows // caches, dtype=torch.int32, device=x.device).repeat(caches)

@@ -25,8 +25,11 @@ TILES = {
 PLAIN = Kernel("linear_residual", "linear_residual_plain", block=256, **_FIELDS)
 
 
-def launches(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> list[Launch]:
-    """The op as launches to be enqueued in this order."""
+def launches(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor, *, pdl: bool = True
+) -> list[Launch]:
+    """The op as launches to be enqueued in this order. With `pdl` the weights may be read before earlier kernels of
+    the stream have ended: they must not write them."""
     (rows, dim), out_dim = x.shape, weight.shape[0]
     kernel, staged = PLAIN, UNSTAGED
     if vectorized(dim, x, weight):
@@ -35,12 +38,12 @@ def launches(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | 
         kernel, staged = TILES[loads], staging(rows, dim, parts=1, loads=loads)
     return [
         kernel.bind(
-            x.dtype, x.device, grid=ceil_div(out_dim, TILE_ROWS), x=x, weight=weight, bias=bias, residual=residual,
-            out=out, rows=rows, dim=dim, out_dim=out_dim, **staged,
+            x.dtype, x.device, pdl=pdl, grid=ceil_div(out_dim, TILE_ROWS), x=x, weight=weight, bias=bias,
+            residual=residual, out=out, rows=rows, dim=dim, out_dim=out_dim, **staged,
         )
     ]  # fmt: skip
 
 
 @implement("linear_residual", backend="cuda", supports=supports)
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
-    run(launches(x, weight, bias, residual, out), x.device)
+    run(launches(x, weight, bias, residual, out, pdl=False), x.device)

@@ -19,9 +19,17 @@ PLAIN = Kernel("rms_norm_logits", "rms_norm_logits_plain", block=256, **_FIELDS)
 
 
 def launches(
-    x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, logits: Tensor, normed: Tensor | None
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    eps: float,
+    logits: Tensor,
+    normed: Tensor | None,
+    *,
+    pdl: bool = True,
 ) -> list[Launch]:
-    """The op as launches to be enqueued in this order. Rows of `x` and `logits` may be any distance apart."""
+    """The op as launches to be enqueued in this order. With `pdl` the weights may be read before earlier kernels of
+    the stream have ended: they must not write them. Rows of `x` and `logits` may be any distance apart."""
     (rows, dim), out_dim = x.shape, weight.shape[0]
     kernel, grid, staged = PLAIN, ceil_div(out_dim, 8), UNSTAGED
     if vectorized(dim, x, norm_weight, weight) and x.stride(0) % 8 == 0:
@@ -32,13 +40,13 @@ def launches(
             kernel, grid, staged = STREAM, blocks, staging(rows, dim, parts=2, loads=0)
     return [
         kernel.bind(
-            x.dtype, x.device, grid=grid, x=x, norm_weight=norm_weight, weight=weight, logits=logits, normed=normed,
-            rows=rows, dim=dim, out_dim=out_dim, x_stride=x.stride(0), logits_stride=logits.stride(0), eps=eps,
-            **staged,
+            x.dtype, x.device, pdl=pdl, grid=grid, x=x, norm_weight=norm_weight, weight=weight, logits=logits,
+            normed=normed, rows=rows, dim=dim, out_dim=out_dim, x_stride=x.stride(0),
+            logits_stride=logits.stride(0), eps=eps, **staged,
         )
     ]  # fmt: skip
 
 
 @implement("rms_norm_logits", backend="cuda", supports=supports)
 def rms_norm_logits(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, out: tuple[Tensor, Tensor]) -> None:
-    run(launches(x, norm_weight, weight, eps, *out), x.device)
+    run(launches(x, norm_weight, weight, eps, *out, pdl=False), x.device)
