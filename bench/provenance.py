@@ -14,6 +14,7 @@ import torch
 
 import s1kernels
 from s1kernels.build_info import build_info
+from s1kernels.cli.gpu import gpu_facts
 from s1kernels.cli.info import platform_facts
 
 CHOICES = ("S1KERNELS_BACKEND", "S1KERNELS_CUDA_PROVIDER")
@@ -39,18 +40,7 @@ def collect(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda or "",
         "platform": platform_facts(),
         "threads": torch.get_num_threads(),
-        "gpu": gpu(device) if device.type == "cuda" else {},
-    }
-
-
-def gpu(device: torch.device) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "name": properties.name,
-        "compute_capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
-        "driver": _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        "gpu": gpu_facts(device),
     }
 
 

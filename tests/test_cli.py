@@ -1,5 +1,6 @@
 """The command line, as a user calls it, and upstream's scripts served through it."""
 
+import itertools
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,7 +103,7 @@ def test_demo_times_upstream_against_patched(dtype, device, monkeypatch, capsys)
     )
     fast = dict(fast_dim=64, fast_n_head=4, fast_n_local_heads=2, fast_head_dim=16, fast_intermediate_size=96)
     monkeypatch.setattr(demo, "SMALL", demo.SMALL | tiny | fast)
-    command = ["demo", "--small", "--context", "12", "--frames", "4", "--cache", "64", "--device", device]
+    command = ["demo", "--small", "--context", "12", "--frames", "16", "--cache", "64", "--device", device]
     assert cli.main([*command, "--dtype", dtype, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert "small model" in result["model"] and result["dtype"] == dtype
@@ -114,6 +116,33 @@ def test_demo_times_upstream_against_patched(dtype, device, monkeypatch, capsys)
     table = capsys.readouterr().out
     for text in ("ms/frame", "frames/s", "times real time", "GB/s", "unpatched", "patched", "agree"):
         assert text in table
+
+
+def test_demo_claims_nothing_that_noise_made(monkeypatch):
+    module, prompt = SimpleNamespace(tqdm=iter), torch.zeros(11, 3)
+    module.generate = lambda max_new_tokens, **_: torch.zeros(11, 3 + max_new_tokens)
+    clock = iter([0, 1, 1, 2, 2, 2.5])  # the long run takes half as long as the short ones
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: next(clock))
+    with pytest.raises(RuntimeError, match="raise --frames"):
+        demo._time_frames(module, None, prompt, 4)
+
+
+def test_demo_times_a_run_that_went_to_its_end(monkeypatch):
+    """A seed with which the end token comes early is no measurement."""
+    module, prompt, seeds = SimpleNamespace(tqdm=iter), torch.zeros(11, 3), []
+
+    def generate(max_new_tokens, **_):
+        seeds.append(torch.initial_seed())
+        short = seeds[-1] == demo.SEEDS[0] or max_new_tokens > 10
+        return torch.zeros(11, 3 + max_new_tokens - int(short))
+
+    module.generate = generate
+    clock = itertools.count()
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: next(clock) ** 2)
+    assert demo._time_frames(module, None, prompt, 4) > 0
+    assert seeds == [*demo.SEEDS[:2]] * 3
+    with pytest.raises(RuntimeError, match="the model ended before 12 frames"):
+        demo._time_frames(module, None, prompt, 10)
 
 
 def test_demo_refuses_a_context_that_does_not_fit(capsys):

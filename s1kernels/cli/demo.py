@@ -30,6 +30,7 @@ from s1kernels.testing import rel_error
 FRAMES_PER_SECOND = 44100 / 2048  # the codec's hop
 ROUNDS = 5  # unpatched and patched in turn; the median counts
 FRAMES = {"cpu": 16, "cuda": 100}  # of a measurement
+NEED = 6e9  # bytes, for S1-mini and its copy in float32
 SEEDS = range(2, 7)  # tried in turn until the model speaks as long as it is to
 
 S1_MINI = dict(
@@ -136,10 +137,9 @@ def build(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, str]:
         model = DualARTransformer.from_pretrained(str(options.checkpoint), load_weights=True, max_length=options.cache)
         return model.to(options.device, dtype).eval(), f"checkpoint {options.checkpoint}"
     shape, what = S1_MINI, "S1-mini's shape, seeded random weights"
-    need = 6e9 if dtype == torch.float32 else 4e9
-    if options.small or _free_memory(torch.device(options.device)) < need:
+    if options.small or _free_memory(torch.device(options.device)) < NEED:
         shape, what = SMALL, "a small model with S1-mini's layers, seeded random weights"
-        what += "" if options.small else f" (the full shape needs {need / 1e9:.0f} GB of memory)"
+        what += "" if options.small else f" (the full shape needs {NEED / 1e9:.0f} GB of memory)"
     tokenizer = SimpleNamespace(
         semantic_begin_id=shape["vocab_size"] - 4096,
         semantic_end_id=shape["vocab_size"] - 1,
@@ -210,9 +210,12 @@ def _time_frames(inference: Any, model: Any, prompt: torch.Tensor, frames: int) 
     try:
         generate(2)
         short = generate(2)
-        return (generate(2 + frames) - short) / frames
+        long = generate(2 + frames)
     finally:
         inference.tqdm = bar
+    if long <= short:
+        raise RuntimeError(f"{frames} frames more took no longer: too few for this machine's noise; raise --frames")
+    return (long - short) / frames
 
 
 @torch.inference_mode()

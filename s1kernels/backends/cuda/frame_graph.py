@@ -221,12 +221,22 @@ def surfacing(stage: str) -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         told = isinstance(error, BackendError) or str(error).startswith("decode_frame:")
-        if not told and "CUDA" in str(error):
-            raise RuntimeError(
-                f"decode_frame: the GPU failed in the {stage}: {error}. An error inside a kernel cannot be cleared; "
-                "restart the process"
-            ) from error
-        raise
+        if told or "CUDA" not in str(error):
+            raise
+        if _goes_on():
+            advice = "The GPU goes on: unpatch the model, or patch it with graph=False"
+        else:
+            advice = "An error inside a kernel cannot be cleared; restart the process"
+        raise RuntimeError(f"decode_frame: the GPU failed in the {stage}: {error}. {advice}") from error
+
+
+def _goes_on() -> bool:
+    """Whether the GPU still takes work: an error inside a kernel stays for good, a refused launch does not."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _signed(seed: int) -> int:
