@@ -27,7 +27,7 @@ constexpr int kMaxVectors = 8;  // vectors x that one pass takes
 // Vectors in shared memory, as the mma's operand: high parts [count, stride], then low parts if `split`.
 template <class T>
 struct Staged {
-  T* at;       // shared memory, staged_bytes() of it
+  T* at;       // shared memory
   int count;   // 1 ... kMaxVectors
   int stride;  // elements from a vector to the next
   bool split;
