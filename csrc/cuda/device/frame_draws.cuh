@@ -6,25 +6,11 @@
 
 namespace s1 {
 
-// As Merger in sampler.cuh, within the sampling warps of a block that has others too.
-struct WorkerMerger {
-  Ahead* slots;  // shared [2, kSamplerWarps]
-  int half;
-
-  __device__ __forceinline__ Ahead exchange(const Ahead& of_warp) {
-    Ahead* now = slots + half * kSamplerWarps;
-    half ^= 1;
-    if (lane_id() == 0) now[warp_id()] = of_warp;
-    sync_samplers();
-    Ahead found = now[0];
-#pragma unroll
-    for (int w = 1; w < kSamplerWarps; ++w) found = joined(found, now[w]);
-    return found;
-  }
-  __device__ __forceinline__ Ahead operator()(const Ahead& found) {
-    return exchange({warp_sum(found.mass), count_of(found.count), best_of(found.best)});
-  }
+// The sampling warps of a block that has others too.
+struct SamplingWarps {
+  static __device__ __forceinline__ void wait() { sync_samplers(); }
 };
+using WorkerMerger = MergerOf<SamplingWarps>;
 
 template <class T>
 struct FrameDraws : FrameAttention<T> {
@@ -109,8 +95,7 @@ struct FrameDraws : FrameAttention<T> {
       s.logits.gumbel[i] = noise(first + i);
       top = max(top, ordered_or_nan(s.logits.value[i]));
     }
-    const Ahead of_block = merge.exchange({0.0f, 0, best_of({top, 0, 0.0f})});
-    top = exchange(of_block, merge).best.key;
+    top = exchange({0.0f, 0, {merge.largest_of_block(top), 0, 0.0f}}, merge).best.key;
     if (!is_finite(top)) return -1;
     const Scale scale{from_ordered(top), 1.0f / fmaxf(*a.temperature, kLowestTemperature)};
     const Choice choice = draw(Limits{*a.top_p, *a.top_k}, scale, [&](uint64 place) {
@@ -177,7 +162,7 @@ struct FrameDraws : FrameAttention<T> {
       value[i] = penalised(__uint_as_float(words.word[i]), said >> i & 1u);
       top = max(top, ordered_or_nan(value[i]));
     }
-    top = merge.exchange({0.0f, 0, {largest(top), 0, 0.0f}}).best.key;
+    top = merge.largest_of_block(top);
     if (!is_finite(top)) return -1;
     const Scale scale{from_ordered(top), inverse_temperature};
     const Choice choice = draw(limits, scale, [&](uint64 place) {

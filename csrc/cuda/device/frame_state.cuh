@@ -71,14 +71,12 @@ struct PersistentFrameArgs {
   int64* times;        // [phases + 1] ns, when block 0 began each phase, or null
   int phase_count;
   int slow_layers;
-  int fast_layers;
   int codebooks;      // N
   int codebook_size;  // K
   int text_rows;      // Vt
   int semantic_begin;
   int semantic_end;
   int capacity;      // S
-  int vocabulary;    // V
   int fast_rows;     // K'
   int width;         // W
   int main_threads;  // of torch's grid for the main draw

@@ -119,9 +119,15 @@ __device__ __forceinline__ Choice best_of(const Choice& mine) {
   return {key, row, __shfl_sync(kAllLanes, mine.value, __ffs(static_cast<int>(owners)) - 1)};
 }
 
-// Merges what a block's threads found, in a fixed order; every thread gets the result. One barrier a merge: a merge may
-// write one half of `slots` while slow threads still read the other half.
-struct Merger {
+// The barrier of a block that has no other warps than those that sample.
+struct WholeBlock {
+  static __device__ __forceinline__ void wait() { __syncthreads(); }
+};
+
+// Merges what kSamplerWarps warps found, in a fixed order; every thread gets the result. One barrier a merge: a merge
+// may write one half of `slots` while slow threads still read the other half. Sync::wait() is a barrier of these warps.
+template <class Sync>
+struct MergerOf {
   Ahead* slots;  // shared [2, kSamplerWarps]
   int half;
 
@@ -147,10 +153,11 @@ struct Merger {
     Ahead* now = slots + half * kSamplerWarps;
     half ^= 1;
     if (lane_id() == 0) now[warp_id()] = of_warp;
-    __syncthreads();
+    Sync::wait();
     return now;
   }
 };
+using Merger = MergerOf<WholeBlock>;
 
 struct Limits {
   float top_p;

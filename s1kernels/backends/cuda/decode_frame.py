@@ -27,7 +27,7 @@ from s1kernels.backends.cuda.draws import Randomness
 from s1kernels.backends.cuda.frame_graph import FrameGraph
 from s1kernels.backends.cuda.launch import Kernel, Launch
 from s1kernels.backends.cuda.sample_token import Window
-from s1kernels.backends.cuda.support import TILE_ROWS, ceil_div, run, staging, supports, tensors_of, vectorized
+from s1kernels.backends.cuda.support import TILE_ROWS, ceil_div, run, staging, supports, vectorized
 from s1kernels.cache import KVCache
 from s1kernels.model.config import DualARConfig, StackConfig
 from s1kernels.model.weights import LayerWeights, Weights
@@ -71,14 +71,15 @@ class Frame:
         self.config, self.weights, self.head, self.fast_rows = config, weights, head, fast_rows
         self.persistent: str | None = "not asked for"
         """Why a frame is not one persistent kernel, or None if it is."""
-        providers.prepare(SOURCES, head.dtype, head.device)
 
     def use_persistent(self) -> None:
         """Make the frame one persistent kernel, if GPU and model allow it; `persistent` says why not."""
         self.persistent = persistent_frame.refusal(self.config, self.weights, self.head, self.fast_rows)
 
     def decoder(self, rows: Rows, cache: KVCache) -> FrameGraph:
-        """What decodes frame after frame by replaying one CUDA graph."""
+        """What decodes frame after frame by replaying one CUDA graph. Its kernels are made ready now, side by side."""
+        sources = SOURCES if self.persistent else [*SOURCES, "persistent_frame"]
+        providers.prepare(sources, self.head.dtype, self.head.device)
         return FrameGraph(self, rows, cache)
 
     def __call__(
@@ -210,15 +211,13 @@ class Frame:
                         kv_heads=stack.kv_heads, capacity=k_cache.shape[2], out_dim=stack.dim, eps=eps,
                     )
                 )  # fmt: skip
-            elif position is not None and scratch is not None:
-                launches += attention_decode.append_launches(
-                    qkv, *given, here, k_cache, v_cache, eps, attended.view(rows, heads, D), scratch
-                )
-                launches += linear_residual.launches(attended, w.wo, w.o_bias, x, x)
             else:
-                launches += qk_norm_rotary_append.launches(qkv, *given, here, k_cache, v_cache, eps, q)
                 out = attended.view(rows, heads, D)
-                launches += attention_decode.launches(q, k_cache, v_cache, here, out, scratch, ahead=1)
+                if position is not None and scratch is not None:
+                    launches += attention_decode.append_launches(qkv, *given, here, k_cache, v_cache, eps, out, scratch)
+                else:
+                    launches += qk_norm_rotary_append.launches(qkv, *given, here, k_cache, v_cache, eps, q)
+                    launches += attention_decode.launches(q, k_cache, v_cache, here, out, scratch, ahead=1)
                 launches += linear_residual.launches(attended, w.wo, w.o_bias, x, x)
             launches += rms_norm_swiglu.launches(x, w.ffn_norm, w.w1, w.w3, eps, gated)
             launches += linear_residual.launches(gated, w.w2, None, x, x)
@@ -231,13 +230,14 @@ class Frame:
 
 
 def _check_weight(name: str, weight: object, head: Tensor) -> None:
-    for tensor in tensors_of([weight] if isinstance(weight, Tensor) else []):
-        if (tensor.dtype, tensor.device) != (head.dtype, head.device) or not tensor.is_contiguous():
-            got = f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
-            raise ValueError(
-                f"decode_frame: {name} must be contiguous, {head.dtype} and on {head.device} like head, got {got}; "
-                "convert it"
-            )
+    if not isinstance(weight, Tensor):  # lists of layers, which are checked one by one, and what a model lacks
+        return
+    if (weight.dtype, weight.device) != (head.dtype, head.device) or not weight.is_contiguous():
+        got = f"{weight.dtype} on {weight.device} with strides {weight.stride()}"
+        raise ValueError(
+            f"decode_frame: {name} must be contiguous, {head.dtype} and on {head.device} like head, got {got}; "
+            "convert it"
+        )
 
 
 def _supports(*args: object) -> str | None:

@@ -27,8 +27,8 @@ FRAME = Kernel(
     pointers="phases words passes parts abandoned turn tokens position text_embedding codebook_embedding "
     "fast_embedding caches norms cos_sin fast_cos_sin ids logit_bias window temperature top_p repetition_penalty top_k "
     "rng main_logits fast_logits out times",
-    ints="phase_count slow_layers fast_layers codebooks codebook_size text_rows semantic_begin semantic_end capacity "
-    "vocabulary fast_rows width main_threads fast_threads fast_offset fast_step",
+    ints="phase_count slow_layers codebooks codebook_size text_rows semantic_begin semantic_end capacity "
+    "fast_rows width main_threads fast_threads fast_offset fast_step",
     floats="scale eps",
 )  # fmt: skip
 PREPARE = Kernel("persistent_frame", "prepare_frame", block=256, pointers="words abandoned", ints="count")
@@ -193,10 +193,10 @@ def launches(
         norms=addresses([(w.q_norm, w.k_norm) for w in weights.slow]), cos_sin=weights.cos_sin,
         fast_cos_sin=weights.fast_cos_sin, ids=ids, logit_bias=logit_bias, window=window, **scalars, rng=rng,
         main_logits=main_logits, fast_logits=fast_logits, out=out, times=times,
-        phase_count=len(phases.list), slow_layers=config.slow.layers, fast_layers=config.fast.layers,
+        phase_count=len(phases.list), slow_layers=config.slow.layers,
         codebooks=config.codebooks, codebook_size=config.codebook_size, text_rows=weights.text_embedding.shape[0],
         semantic_begin=config.semantic_begin, semantic_end=config.semantic_end, capacity=k_caches[0].shape[2],
-        vocabulary=head.shape[0], fast_rows=1024, width=window.shape[1], main_threads=main_threads,
+        fast_rows=1024, width=window.shape[1], main_threads=main_threads,
         fast_threads=fast_threads, fast_offset=fast_offset, fast_step=fast_step,
         scale=(config.codebooks + 1) ** -0.5 if config.scale_codebook_embeddings else 1.0, eps=config.norm_eps,
     )  # fmt: skip
