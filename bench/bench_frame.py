@@ -124,15 +124,15 @@ class Bench:
         no_graph = "" if self.cuda else f"a CUDA graph needs a CUDA device, this is {self.device}"
         graphs = [
             Contender(
-                "s1kernels graph",
+                "s1kernels persistent",
                 o.frames,
-                {"constrained": True} if rows == "semantic" else {},
+                {"persistent": True, "constrained": rows == "semantic"},
                 rows=rows,
                 refused=no_graph,
             )
             for rows in o.rows
         ]
-        graphs.append(Contender("s1kernels persistent", o.frames, {"persistent": True}, refused=no_graph))
+        graphs.insert(0, Contender("s1kernels graph", o.frames, {"persistent": False}, refused=no_graph))
         skipped = "left out (--skip-compiled)" if o.skip_compiled else ""
         compiled = Contender(COMPILED, o.frames, compiled=True, refused=skipped)
         return [Contender(EAGER, o.slow_frames), per_op, *graphs, compiled]
@@ -196,6 +196,8 @@ class Bench:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         with patched(model, contender.patch) as engine:
+            if engine is not None and (contender.patch or {}).get("persistent") and engine.decoder.frame.persistent:
+                raise RuntimeError(engine.decoder.frame.persistent)
             row: dict[str, Any] = {"first_run_seconds": self.speak(model, yardstick.prompt, few, step)}
             self.speak(model, yardstick.prompt, many, step)
             if self.cuda:

@@ -16,6 +16,7 @@ from s1kernels.model.config import DualARConfig
 from s1kernels.model.dual_ar import DualAR
 from s1kernels.model.weights import Weights
 from s1kernels.sampling import WINDOW, Rows, Sampling
+from s1kernels.surfacing import surfacing
 
 
 class Engine:
@@ -25,8 +26,8 @@ class Engine:
         config, weights: the model. The weights are used where they lie; nothing is copied but sampled rows of the head.
         backend: "auto", one back end for everything, or {op: back end} for single ops.
         graph: on a GPU, capture a whole frame as one CUDA graph; False runs it op by op.
-        persistent: on trial: let that graph be a single kernel where GPU and model allow it; False makes it of the ops'
-            kernels. `decoder.frame.persistent` says why not.
+        persistent: let that graph be a single kernel where GPU and model allow it (`decoder.frame.persistent` says why
+            not); False makes it of the ops' kernels.
         constrained: sample only the semantic tokens and the end token, as the 2.0 line always does. The S1 line samples
             the whole vocabulary otherwise, as upstream does.
         cache: keys and values to work on; None allocates a growing `KVCache`.
@@ -44,7 +45,7 @@ class Engine:
         *,
         backend: str | Mapping[str, str] = "auto",
         graph: bool = True,
-        persistent: bool = False,
+        persistent: bool = True,
         constrained: bool = False,
         cache: KVCache | None = None,
     ) -> None:
@@ -141,7 +142,9 @@ class Engine:
         Raises:
             ValueError: tokens or position out of range. FloatingPointError: the logits are not finite.
         """
-        decoded = self.decoder.decode(self._frames(frame), position, 1, sampling, previous, generator)
+        with surfacing("start"):
+            tokens = self._frames(frame)
+        decoded = self.decoder.decode(tokens, position, 1, sampling, previous, generator)
         return next(iter(decoded)).to(self.weights.head.device)
 
     def frames(
@@ -150,8 +153,10 @@ class Engine:
         """Up to `count` frames after `frame` ([N+1, 1]), each [N+1] int32 in host memory; the end token's frame is the
         last."""
         shape = (self.config.codebooks + 1, WINDOW[self.config.line])
-        previous = torch.zeros(shape, dtype=torch.int32, device=self.weights.head.device)
-        return self.decoder.decode(self._frames(frame), position, count, sampling, previous, generator)
+        with surfacing("start"):
+            tokens = self._frames(frame)
+            previous = torch.zeros(shape, dtype=torch.int32, device=self.weights.head.device)
+        return self.decoder.decode(tokens, position, count, sampling, previous, generator)
 
     def generate(
         self,

@@ -80,7 +80,7 @@ class _Patched:
 
 
 def patch(
-    model: Any, *, backend: str | Mapping[str, str] = "auto", graph: bool = True, persistent: bool = False,
+    model: Any, *, backend: str | Mapping[str, str] = "auto", graph: bool = True, persistent: bool = True,
     constrained: bool = False,
 ) -> PatchReport:  # fmt: skip
     """Make an upstream DualAR model decode on s1kernels.
@@ -92,8 +92,7 @@ def patch(
         model: upstream's DualARTransformer of the S1 or the 2.0 line, on its device, in its final dtype.
         backend: "auto", one back end, or {op: back end}; `s1kernels info` lists them.
         graph: on a GPU, replay a whole frame as one CUDA graph; False runs it op by op.
-        persistent: on trial: let that graph be a single kernel where GPU and model allow it; False makes it of the ops'
-            kernels.
+        persistent: let that graph be a single kernel where GPU and model allow it; False makes it of the ops' kernels.
         constrained: let the S1 line sample only semantic tokens and the end token (the 2.0 line always does). That
             reads 8 MB of S1-mini's head instead of 319 MB a frame, and no text token can be drawn by accident.
     Returns:

@@ -55,8 +55,8 @@ def test_bench_frame_side_by_side(run_frame, monkeypatch, capsys):
     rows = {(row["name"], row["rows"], row["cache"]): row for row in result["rows"]}
     assert set(rows) == {
         ("upstream eager", "all", 64), ("upstream eager", "all", 32), ("upstream compiled", "all", 64),
-        ("s1kernels", "all", 64), ("s1kernels graph", "all", 64), ("s1kernels graph", "semantic", 64),
-        ("s1kernels persistent", "all", 64),
+        ("s1kernels", "all", 64), ("s1kernels graph", "all", 64), ("s1kernels persistent", "all", 64),
+        ("s1kernels persistent", "semantic", 64),
     }  # fmt: skip
     eager, ours = rows["upstream eager", "all", 64], rows["s1kernels", "all", 64]
     for row in (eager, ours, rows["upstream eager", "all", 32]):
@@ -68,7 +68,7 @@ def test_bench_frame_side_by_side(run_frame, monkeypatch, capsys):
     assert ours["logit_error"] <= ours["upstream_logit_error"] == eager["logit_error"] < 0.05
     assert ours["times_faster_than"] == pytest.approx({f"upstream eager, cache {cache}": 3 for cache in (64, 32)})
     assert "--skip-compiled" in rows["upstream compiled", "all", 64]["refused"]
-    assert "CUDA" in rows["s1kernels graph", "semantic", 64]["refused"]
+    assert "CUDA" in rows["s1kernels persistent", "semantic", 64]["refused"]
     assert result["patch_to_first_frame"]["cpu"]["patch_to_first_frame"] > 0
     origin = result["provenance"]
     assert origin["commit"] == "0123abc" and origin["torch"] == torch.__version__

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cuda_models import HALVES, LIMIT, SAMPLED, build, needs_gpu, prompt, without
 
+from s1kernels import Engine
 from s1kernels.ops import references
 from s1kernels.testing import rel_error
 
@@ -27,19 +28,22 @@ def served():
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_its_logits_are_those_of_the_ops_kernels(name, dtype, constrained):
-    """Frame by frame from the same tokens and windows; positions on both sides of what one step of a block reads."""
+    """Frame by frame from the same tokens and windows; positions on both sides of what one step of a block reads. Truth
+    is float32's, for which both kinds of kernels have to be as near."""
     one, many = (engine(name, dtype, p, constrained=constrained) for p in (True, False))
     assert one.decoder.frame.persistent is None and many.decoder.frame.persistent
+    exact = without(Engine(one.config, one.weights.to(torch.float32), constrained=constrained))
     text = prompt(name, 600, "cuda")
     window = torch.randint(0, 1024, (text.shape[0], 16), dtype=torch.int32, device="cuda")
     for t in (1, 2, 15, 16, 17, 255, 256, 257, 511, 512, 599):
-        for e in (one, many):
+        for e in (one, many, exact):
             e.prefill(text[:, :t])
             e.step(text[:, t : t + 1], t, SAMPLED, window, torch.Generator("cuda").manual_seed(t))
-        assert rel_error(one.main_logits, many.main_logits) < LIMIT[dtype], t
-        assert rel_error(one.fast_logits[:, :1], many.fast_logits[:, :1]) < LIMIT[dtype], t
-        for k, other in zip(one.cache.k, many.cache.k, strict=True):
-            assert rel_error(k[0, :, t], other[0, :, t]) < LIMIT[dtype], t
+        of_one, of_many, truth = (
+            (e.main_logits, e.fast_logits[:, :1], torch.stack(e.cache.k)[:, 0, :, t]) for e in (one, many, exact)
+        )
+        for value, other, true in zip(of_one, of_many, truth, strict=True):
+            assert rel_error(value, true) < max(LIMIT[dtype], 1.2 * rel_error(other, true)), t
     assert one.decoder.kernels == 3
 
 

@@ -1,18 +1,16 @@
-// decode_frame: the kernels that a frame has beside the ops' own; s1kernels/backends/cuda/decode_frame.py puts them in
+// decode_frame: the kernel that a frame has beside the ops' own; s1kernels/backends/cuda/decode_frame.py puts them in
 // order.
 //
 // attention_output: attention of the fast stack and its projection in one launch: out = weight @ attention(qkv) + bias
 //   + residual, for one sequence's T = 1 or 2 new positions, first ... first+T-1, of at most 16.
 //   qkv [T, (H+2G)*D], k_cache and v_cache [G, S, D], weight [C, H*D], bias [C] or null, residual and out [T, C]: T.
 //   Grid/block: C/8 blocks of 8 warps. Every block computes all of the attention, a warp a key/value head at a time:
-//   ten
-//     positions are 20 KB from L2, less than a launch costs. Block 0 writes the new k and v to the cache. What earlier
-//     passes wrote there is read before the block waits: the draw between two passes lets no later kernel start before
-//     all earlier ones have ended (see sample_token.cu).
+//     ten positions are 20 KB from L2, less than a launch costs. Block 0 writes the new k and v to the cache. What
+//     earlier passes wrote there is read before the block waits: the draw between two passes lets no later kernel start
+//     before all earlier ones have ended (see sample_token.cu).
 //   Memory: C*H*D weights once. Numerics: q, k and the attention's result are rounded to T like the results of
 //     qk_norm_rotary_append and attention_decode; otherwise as linear_residual.
 //   Requires: 16-bit T, D 64 or 128, H/G 1, 2 or 4, H*D a multiple of 32, pointers aligned to 16 bytes.
-// advance: after a frame: the state that the next one starts from.
 #include "device/attention.cuh"
 #include "device/project.cuh"
 
@@ -186,45 +184,5 @@ S1_ATTENTION_OUTPUT(64, 4, 1)
 S1_ATTENTION_OUTPUT(128, 1, 1)
 S1_ATTENTION_OUTPUT(128, 2, 1)
 S1_ATTENTION_OUTPUT(128, 4, 1)
-
-struct AdvanceArgs {
-  int* tokens;         // [N+1], the last frame; receives `codes`
-  const int* codes;    // [N+1], the new frame
-  int* position;       // [1]
-  int* window;         // [N+1, W], the frames that repetition control sees
-  int* index;          // [1], frames in the window's count; -1: the frame after a prompt, which is not remembered
-  int64* random;       // [2] seed, offset
-  int codebooks;       // N
-  int width;           // W
-  int fill_first;      // the window fills from the left before it shifts (S1 line)
-  int random_numbers;  // that the frame took from the offset
-};
-
-// One block; a thread a row of the window.
-template <class T>
-__device__ void advance(const AdvanceArgs& a) {
-  launch_next();
-  wait_for_inputs();
-  const int r = threadIdx.x, index = *a.index;
-  __syncthreads();
-  if (r <= a.codebooks) {
-    int* row = a.window + r * a.width;
-    if (index < 0) {
-      for (int i = 0; i < a.width; ++i) row[i] = 0;
-    } else if (a.fill_first && index < a.width) {
-      row[index] = a.codes[r];
-    } else {
-      for (int i = 0; i + 1 < a.width; ++i) row[i] = row[i + 1];
-      row[a.width - 1] = a.codes[r];
-    }
-    a.tokens[r] = a.codes[r];
-  }
-  if (r != 0) return;
-  *a.index = index + 1;
-  *a.position += 1;
-  a.random[1] += a.random_numbers;
-}
-
-S1_KERNEL(advance, AdvanceArgs, 64, 1, advance)
 
 }  // namespace s1

@@ -3,13 +3,14 @@
 // What it computes is what s1kernels/backends/cuda/decode_frame.py computes with the ops' kernels; a list of phases
 // (persistent_frame.py writes it) says in which order. Every block owns an equal share of the rows of every matrix.
 // Grid/block: kBlocks blocks, one an SM, all resident at once (cooperative launch). One warp streams the block's share
-//   of the weights through a ring in shared memory, phase after phase, without ever waiting for activations; 12 warps
-//   consume it, a unit of two rows x 1024 columns at a time. Activations go from block to block as words that are their
-//   own flags (device/exchange.cuh). What is small is computed by all blocks alike instead of being passed on: norms,
-//   the frame's embedding, the fast stack's attention, the fast codes' draws.
+//   of the weights through a ring in shared memory, phase after phase, without ever waiting for activations; 16 warps
+//   consume it, each a sixteenth of the columns, and take what they can into registers before they wait. Activations go
+//   from block to block as words that are their own flags (device/exchange.cuh). What is small is computed by all
+//   blocks alike instead of being passed on: norms, the frame's embedding, the fast stack's attention, the fast codes'
+//   draws.
 // Memory: every weight once a frame, the fast stack's N-1 times; bound by it.
-// Numerics: as the ops': results are rounded to T where the ops' are. Norms multiply x in float32, so products are
-//   those of the plain kernels. The same bits in every call: all sums have a fixed order.
+// Numerics: as the ops': results are rounded to T where the ops' are; a normalised x keeps 16 bits or more
+//   (device/gemv.cuh). The same bits in every call: all sums have a fixed order.
 // Requires: sm_90 or later, kBlocks SMs, 16-bit T, both stacks 1024 wide, all of a block's shares whole; slow D 128 and
 //   H/G 2 with G*16 = kBlocks, fast D 64 and H/G 2 without norms, no biases, no projection, no repetition-aware draws.
 #include "device/frame_draws.cuh"
@@ -43,14 +44,11 @@ struct PersistentFrame : FrameDraws<T> {
       if (a.times && blockIdx.x == 0 && threadIdx.x == 0) a.times[p] = nanoseconds();
       copies_done();  // of phase p + 1, which the barriers of this one show to all
       fetch_phase(p + 2);
-      if (p > 0 && f.kind != kFastHead) {
-        const long long start = clock64();
-        while (clock64() - start < kPollDelay) {
-        }
-      }
+      this->read_thread();
+      this->begun = static_cast<uint32>(clock64());
       switch (f.kind) {
         case kQkv:
-          this->qkv(f, half);
+          this->template qkv<4>(f, half);
           break;
         case kAttend:
           this->attend(f);
@@ -59,13 +57,16 @@ struct PersistentFrame : FrameDraws<T> {
           this->combine(f);
           break;
         case kOutput:
-          this->output(f, half);
+          this->output(f);
           break;
         case kSwiglu:
-          this->swiglu_phase(f, half);
+          this->swiglu(f, half);
+          break;
+        case kFastQkv:
+          this->template qkv<2>(f, half);
           break;
         case kFastOutput:
-          this->fast_output(f, half);
+          this->fast_output(f);
           break;
         case kHead:
           this->head(f, half);
@@ -103,27 +104,29 @@ template <class T>
 __device__ void persistent_frame(const PersistentFrameArgs& a) {
 #if S1_ARCH == 0 || S1_ARCH >= 900
   extern __shared__ __align__(128) unsigned char shared[];
-  static_assert(sizeof(Shared<T>) <= 222208, "what the host asks for");
-  static_assert(sizeof(Phase) == 72, "as the host writes it");
+  static_assert(sizeof(Shared<T>) <= 231424, "what the host asks for");
+  static_assert(sizeof(Phase) == 80, "as the host writes it");
   Shared<T>& s = *reinterpret_cast<Shared<T>*>(shared);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSlots; ++i) {
-      barrier_init(s.full + i);
-      barrier_init(s.empty + i);
+      barrier_init(s.full + i, 1);
+      barrier_init(s.empty + i, kWorkers);
     }
     barriers_visible();
+    s.position = *a.position;
+    s.turn = *a.turn;
   }
   __syncthreads();
   if (warp_id() == kWorkers) {
-    if (lane_id() == 0) PersistentFrame<T>::stream(a, s);
+    if (lane_id() < kCopyLanes) PersistentFrame<T>::stream(a, s);
     return;
   }
-  PersistentFrame<T> frame{{{{a, s, {0, 0}, {a.abandoned, false}, 0, *a.position, *a.turn}}}};
+  PersistentFrame<T> frame{{{{a, s, {a.abandoned, false}, 0, 0}}}};
   frame.run();
 #endif
 }
 
 S1_KERNEL_HALVES(prepare_frame, PrepareFrameArgs, 256, 1, prepare_frame)
-S1_KERNEL_HALVES(persistent_frame, PersistentFrameArgs, 416, 1, persistent_frame)
+S1_KERNEL_HALVES(persistent_frame, PersistentFrameArgs, 544, 1, persistent_frame)
 
 }  // namespace s1

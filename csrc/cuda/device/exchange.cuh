@@ -61,14 +61,14 @@ struct Waiting {
     }
     return v;
   }
-  // A word that is written over and over: it comes with a tag that says which writing it is.
-  __device__ __forceinline__ float take_tagged(const uint32* at, uint32 tag) {
-    uint2 v = peek2(at);
-    for (int n = 0; v.y != tag; ++n) {
+  // Two words that are written over and over: each comes with a tag that says which writing it is.
+  __device__ __forceinline__ float2 take_tagged2(const uint32* at, uint32 tag) {
+    Vec16 v = peek4(at);
+    for (int n = 0; v.word[1] != tag || v.word[3] != tag; ++n) {
       if (!again(n)) break;
-      v = peek2(at);
+      v = peek4(at);
     }
-    return __uint_as_float(v.x);
+    return {__uint_as_float(v.word[0]), __uint_as_float(v.word[2])};
   }
 };
 __device__ __forceinline__ void put_tagged(uint32* at, float x, uint32 tag) {

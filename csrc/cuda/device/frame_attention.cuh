@@ -10,20 +10,25 @@ template <class T>
 struct FrameAttention : FrameProjections<T> {
   using Base = FrameProjections<T>;
   using Base::a;
-  using Base::position;
-  using Base::project;
+  using Base::before_polls;
+  using Base::lane;
   using Base::s;
   using Base::stage_words;
-  using Base::turn;
+  using Base::thread;
   using Base::waiting;
+  using Base::warp;
+
+  static __device__ __forceinline__ int chunk_of(int length) {
+    return ceil_div(ceil_div(length, kSplits), kChunkStep) * kChunkStep;
+  }
 
   // Slow attention, first half: this block has a sixteenth of the positions of one key/value head.
   __device__ __forceinline__ void attend(const Phase& f) {
-    using Part = Positions<T, kSlowDim, 8, 2>;
+    using Part = Positions<T, kSlowDim, kWorkers, 1>;
     using Head = HeadLanes<kSlowDim>;
-    const int g = blockIdx.x / kSplits, split = blockIdx.x % kSplits, warp = warp_id(), lane = lane_id();
-    const int here = position, length = here + 1;
-    const int chunk = ceil_div(ceil_div(length, kSplits), Part::kStep) * Part::kStep, begin = split * chunk;
+    const int g = blockIdx.x / kSplits, split = blockIdx.x % kSplits, warp = this->warp(), lane = this->lane();
+    const int here = s.position, length = here + 1;
+    const int chunk = chunk_of(length), begin = split * chunk;
     const bool last = here >= begin && here < begin + chunk;
     const int64 cache = static_cast<int64>(g) * a.capacity * kSlowDim;
     Part p;
@@ -31,7 +36,7 @@ struct FrameAttention : FrameProjections<T> {
     p.v_row = reinterpret_cast<T*>(a.caches[2 * f.layer + 1]) + cache;
     p.end = min(begin + chunk, length);
     p.stored = min(p.end, here);
-    if (warp < 8) p.load(begin);
+    p.load(begin);
     if (warp < 4 && begin < length && (warp < 2 || last)) {
       // A warp a vector: two query heads, the key, the value. A lane has four elements.
       const int heads = 2 * (kBlocks / kSplits), row = warp < 2 ? 2 * g + warp : heads + (warp - 2) * (heads / 2) + g;
@@ -39,6 +44,7 @@ struct FrameAttention : FrameProjections<T> {
       const T* angle = static_cast<const T*>(a.cos_sin) + static_cast<int64>(here) * kSlowDim + lane * 4;
       const uint2 turns = *reinterpret_cast<const uint2*>(angle);
       const uint2 weights = weight ? *reinterpret_cast<const uint2*>(weight + lane * 4) : uint2{0, 0};
+      before_polls();
       uint2 word = waiting.take2(a.words + f.in + row * (kSlowDim / 2) + lane * 2);
       if (warp < 3) {
         float2 x = unpack<T>(word.x), y = unpack<T>(word.y);
@@ -64,7 +70,7 @@ struct FrameAttention : FrameProjections<T> {
       }
     }
     sync_workers();
-    if (begin < length && warp < 8) {
+    if (begin + warp * Head::kSlots < p.end) {
       float q[2][8];
 #pragma unroll
       for (int h = 0; h < 2; ++h)
@@ -73,6 +79,7 @@ struct FrameAttention : FrameProjections<T> {
       SoftmaxSum sums[2];
       sums[0].clear();
       sums[1].clear();
+#pragma unroll 1
       for (int start = begin; start < p.end; start += Part::kBlock) {
         float score[2][Part::kLoads];
 #pragma unroll
@@ -105,14 +112,15 @@ struct FrameAttention : FrameProjections<T> {
       }
     }
     sync_workers();
-    const int i = threadIdx.x;
+    const int i = thread;
     if (begin >= length || i >= 2 * kSlowDim) return;
     const int h = i / kSlowDim, d = i % kSlowDim;
+    const int used = min(kWorkers, ceil_div(p.end - begin, Head::kSlots));  // warps that had positions
     float top = -infinity(), total = 0.0f, value = 0.0f;
-#pragma unroll
-    for (int w = 0; w < 8; ++w) top = fmaxf(top, s.merged[w][h][kSlowDim + 1]);
-#pragma unroll
-    for (int w = 0; w < 8; ++w) {
+#pragma unroll 4
+    for (int w = 0; w < used; ++w) top = fmaxf(top, s.merged[w][h][kSlowDim + 1]);
+#pragma unroll 4
+    for (int w = 0; w < used; ++w) {
       const float weight = exp2f(s.merged[w][h][kSlowDim + 1] - top);
       total = fmaf(weight, s.merged[w][h][kSlowDim], total);
       value = fmaf(weight, s.merged[w][h][d], value);
@@ -124,101 +132,115 @@ struct FrameAttention : FrameProjections<T> {
     put_tagged(to + kSlowDim * 2 + 2, top, tag(f));
   }
   __device__ __forceinline__ uint32 tag(const Phase& f) const {
-    return turn * static_cast<uint32>(a.slow_layers) + static_cast<uint32>(f.layer) + 1u;
+    return s.turn * static_cast<uint32>(a.slow_layers) + static_cast<uint32>(f.layer) + 1u;
   }
 
-  // Second half: this block merges the parts of sixteen elements of one query head.
+  // Second half: this block merges the parts of sixteen elements of one query head: two a lane of half a warp, whose
+  // lanes have a part each.
   __device__ __forceinline__ void combine(const Phase& f) {
-    const int g = blockIdx.x / kSplits, split = blockIdx.x % kSplits, h = split / 8, first = split % 8 * 16;
-    const int length = position + 1;
-    const int chunk = ceil_div(ceil_div(length, kSplits), 16) * 16, used = ceil_div(length, chunk);
-    const int part = threadIdx.x / 18, item = threadIdx.x % 18;
-    if (part < used) {
-      const int at = item < 16 ? first + item : kSlowDim + item - 16;
-      const uint32* from = a.parts + ((g * kSplits + part) * kPartWords + h * (kSlowDim + 2) + at) * 2;
-      s.part[part][item] = waiting.take_tagged(from, tag(f));
+    if (warp() >= 4) return;
+    const int g = blockIdx.x / kSplits, split = blockIdx.x % kSplits, h = split / 8;
+    const int first = split % 8 * 16 + warp() * 4 + lane() / kSplits * 2, part = lane() % kSplits;
+    const int length = s.position + 1;
+    const int chunk = chunk_of(length);
+    float low = 0.0f, high = 0.0f, total = 0.0f, top = -infinity();
+    if (part * chunk < length) {
+      const uint32* from = a.parts + ((g * kSplits + part) * kPartWords + h * (kSlowDim + 2)) * 2;
+      before_polls();
+      const float2 values = waiting.take_tagged2(from + first * 2, tag(f));
+      const float2 sums = waiting.take_tagged2(from + kSlowDim * 2, tag(f));
+      low = values.x, high = values.y, total = sums.x, top = sums.y;
     }
-    sync_workers();
-    if (threadIdx.x >= 8) return;
-    float top = -infinity(), total = 0.0f, low = 0.0f, high = 0.0f;
-    for (int k = 0; k < used; ++k) top = fmaxf(top, s.part[k][17]);
-    for (int k = 0; k < used; ++k) {
-      const float weight = exp2f(s.part[k][17] - top);
-      total = fmaf(weight, s.part[k][16], total);
-      low = fmaf(weight, s.part[k][2 * threadIdx.x], low);
-      high = fmaf(weight, s.part[k][2 * threadIdx.x + 1], high);
-    }
-    put_word(a.words + f.out + (2 * g + h) * (kSlowDim / 2) + first / 2 + threadIdx.x,
-             pack<T>(low / total, high / total));
+    __syncwarp();
+    const float weight = exp2f(top - warp_max<kSplits>(top));
+    total = warp_sum<kSplits>(weight * total);
+    low = warp_sum<kSplits>(weight * low);
+    high = warp_sum<kSplits>(weight * high);
+    if (part == 0) put_word(a.words + f.out + ((2 * g + h) * kSlowDim + first) / 2, pack<T>(low / total, high / total));
   }
 
-  // A fast head's vector at a position, rotated: eight elements in each of the slot's lanes.
-  __device__ __forceinline__ Vec16 rotated(const T* x, int position) const {
-    const int column = HeadLanes<kFastDim>::column();
-    return norm_rotary<T, kFastDim>(load_vec(x + column), false, Vec16{}, load_vec(&s.angles[position][column]), a.eps);
+  // A projection of staged words back into the residual stream.
+  __device__ __forceinline__ void output(const Phase& f) {
+    const auto stage = [&] { stage_words(f, f.slices * (kWidth / 2)); };
+    T* x = reinterpret_cast<T*>(s.stage);
+    switch (f.slices) {
+      case 1:
+        return this->template project_residual<1, false>(f, x, stage);
+      case 2:
+        return this->template project_residual<2, false>(f, x, stage);
+      default:
+        return this->template project_residual<3, false>(f, x, stage);
+    }
   }
 
-  // Fast attention, by every block alike, and its projection.
-  __device__ __forceinline__ void fast_output(const Phase& f, int half) {
+  // Fast attention, by every block alike, and its projection. While the inputs are on their way, the first layer draws
+  // the noise of the code that will come of them.
+  __device__ __forceinline__ void fast_output(const Phase& f) {
+    T* attended = reinterpret_cast<T*>(s.stage) + 2 * kFastQkvRows;
+    if (f.layer == 0) draw_noise(f.position + f.vectors);
+    this->template project_residual<1, true>(f, attended, [&] {
+      stage_words(f, kFastQkvRows / 2);
+      sync_workers();
+      fast_attention(f, attended);
+    });
+  }
+
+  // A warp has a query head; two share a key/value head.
+  __device__ __forceinline__ void fast_attention(const Phase& f, T* attended) {
     using Head = HeadLanes<kFastDim>;
-    constexpr int kSteps = kPlaces / Head::kSlots, kRow = 32 * kFastDim;  // of qkv
-    stage_words(f, half, kRow / 2);
-    sync_workers();
-    const T* qkv = reinterpret_cast<const T*>(s.stage[half]);
-    T* attended = reinterpret_cast<T*>(s.stage[half] + 8 * 1024);
-    const int g = warp_id(), column = Head::column(), length = f.position + f.vectors;
-    if (g < 8) {
-      for (int r = 0; r < f.vectors; ++r) {
-        const int here = f.position + r;
-        const float scale = rsqrtf(static_cast<float>(kFastDim)) * kLog2e;
-        float q[2][8], score[2][kSteps];
+    constexpr int kSteps = kPlaces / Head::kSlots;
+    const T* qkv = reinterpret_cast<const T*>(s.stage);
+    const int h = warp(), g = h / 2, slot = lane() / Head::kLanes, column = lane() % Head::kLanes * 8;
+    const int length = f.position + f.vectors;
+    Vec16 k[kSteps], v[kSteps];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          unpack8<T>(rotated(qkv + r * kRow + (2 * g + h) * kFastDim, here), q[h]);
-#pragma unroll
-          for (int e = 0; e < 8; ++e) q[h][e] *= scale;
-        }
-        Vec16 v[kSteps];
-#pragma unroll
-        for (int i = 0; i < kSteps; ++i) {
-          score[0][i] = score[1][i] = -infinity();
-          if (i * Head::kSlots > here) continue;  // the same in the whole warp
-          const int p = i * Head::kSlots + Head::slot();
-          Vec16 k{};
-          if (p < f.position) {
-            k = load_vec(&s.cache[f.layer][0][p][g][column]);
-            v[i] = load_vec(&s.cache[f.layer][1][p][g][column]);
-          } else if (p < length) {
-            const T* row = qkv + (p - f.position) * kRow;
-            k = rotated(row + (16 + g) * kFastDim, p);
-            v[i] = load_vec(row + (24 + g) * kFastDim + column);
-            if (r == 0) {
-              store_vec(&s.cache[f.layer][0][p][g][column], k);
-              store_vec(&s.cache[f.layer][1][p][g][column], v[i]);
-            }
-          }
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const float x = head_dot<T, kFastDim>(q[h], k);
-            if (p <= here) score[h][i] = x;
-          }
-        }
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float value[8];
-          SoftmaxSum sum;
-          sum.clear();
-          sum.template add<T>(score[h], v);
-          sum.merge_slots<Head::kLanes>();
-          const float inverse = 1.0f / sum.total;
-#pragma unroll
-          for (int e = 0; e < 8; ++e) value[e] = sum.value[e] * inverse;
-          if (Head::slot() == 0) store_vec(attended + r * kWidth + (2 * g + h) * kFastDim + column, pack8<T>(value));
+    for (int i = 0; i < kSteps; ++i) {
+      const int p = i * Head::kSlots + slot;
+      k[i] = v[i] = Vec16{};
+      if (p < f.position) {
+        k[i] = load_vec(&s.cache[f.layer][0][p][g][column]);
+        v[i] = load_vec(&s.cache[f.layer][1][p][g][column]);
+      } else if (p < length) {
+        const T* row = qkv + (p - f.position) * kFastQkvRows + g * kFastDim + column;
+        k[i] = load_vec(row + 16 * kFastDim);
+        v[i] = load_vec(row + 24 * kFastDim);
+        if (h % 2 == 0) {
+          store_vec(&s.cache[f.layer][0][p][g][column], k[i]);
+          store_vec(&s.cache[f.layer][1][p][g][column], v[i]);
         }
       }
     }
-    sync_workers();
-    project(f, half, reinterpret_cast<const unsigned char*>(attended), kWidth * 2);
+#pragma unroll 1
+    for (int r = 0; r < f.vectors; ++r) {
+      const int here = f.position + r;
+      float q[8], score[kSteps];
+      unpack8<T>(load_vec(qkv + r * kFastQkvRows + h * kFastDim + column), q);
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        const float x = head_dot<T, kFastDim>(q, k[i]) * (rsqrtf(static_cast<float>(kFastDim)) * kLog2e);
+        score[i] = i * Head::kSlots + slot <= here ? x : -infinity();
+      }
+      SoftmaxSum sum;
+      sum.clear();
+      sum.template add<T>(score, v);
+      sum.merge_slots<Head::kLanes>();
+      const float inverse = 1.0f / sum.total;
+#pragma unroll
+      for (int e = 0; e < 8; ++e) sum.value[e] *= inverse;
+      if (slot == 0) store_vec(attended + r * kWidth + h * kFastDim + column, pack8<T>(sum.value));
+    }
+  }
+
+  // -log(noise) of a fast code's rows.
+  __device__ __forceinline__ void draw_noise(int number) {
+    const uint64 offset = static_cast<uint32>(a.fast_offset + (number - 2) * a.fast_step);
+    const Gumbel noise{
+        nullptr,
+        nullptr,
+        {static_cast<uint64>(a.rng[0]), static_cast<uint64>(a.rng[1]) + offset, static_cast<uint32>(a.fast_threads)},
+        false};
+#pragma unroll 1
+    for (int row = thread; row < 1024; row += kWorkers * 32) s.gumbel[row] = noise(row);
   }
 };
 

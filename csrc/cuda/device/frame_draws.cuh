@@ -16,11 +16,14 @@ template <class T>
 struct FrameDraws : FrameAttention<T> {
   using Base = FrameAttention<T>;
   using Base::a;
+  using Base::lane;
   using Base::norm_scale;
-  using Base::pass;
   using Base::s;
   using Base::stage_normed;
+  using Base::thread;
+  using Base::total;
   using Base::waiting;
+  using Base::warp;
 
   __device__ __forceinline__ float penalised(float x, bool said) const {
     const float penalty = *a.repetition_penalty;
@@ -28,38 +31,84 @@ struct FrameDraws : FrameAttention<T> {
     return x + 0.0f;
   }
 
-  // The slow stack's logits, of which this block has some, and the draw of the main token by all blocks together.
+  // The slow stack's logits, of which this block has some, 16 at a time, and the draw of the main token by all blocks
+  // together.
   __device__ __forceinline__ void head(const Phase& f, int half) {
+    constexpr int kRows = 2 * kTileRows, kUnits = kRows / kUnitRows;
+    const int first = first_row(f), count = rows_here(f);
+    prepare_rows(first, count);
     stage_normed(f, half);
     sync_workers();
-    const int first = static_cast<int>(blockIdx.x) * f.pairs * 2, count = min(2 * pairs_here(f), f.rows - first);
-    this->template units<true>(f, s.stage[half], kWidth * 4, [&](int u, int, float2 y) {
-      const float scale = norm_scale(half, 0);
-      if (lane_id() >= 2 || 2 * u + lane_id() >= count) return;
-      const int row = 2 * u + lane_id();
-      float x = (lane_id() == 0 ? y.x : y.y) * scale;
-      if (a.logit_bias) x += a.logit_bias[first + row];
-      s.logits.value[row] = x;
-      a.main_logits[first + row] = x;
-    });
+    const Vec16 x = this->operand(this->staged(1), warp() * 64);
+    RingCursor<kSlots> at{f.slot, f.parity};
+    for (int step = 0; step * kRows < f.share; ++step, at.advance(kUnits)) {
+      const int units = min(kUnits, f.units - step * kUnits), to = step % 2 * kRows;
+      typename Base::template Held<2> held;
+      this->await(at, units);
+      held.template load<0, 2>(*this, at.slot, this->tile_row(), kTileRows * kRowBytes);
+      this->release(at, units);
+      this->multiply_tiles(held, x, 1, to);
+      sync_workers();
+      const int row = step * kRows + lane();
+      if (warp() == step % kWorkers && lane() < kRows && row < count)
+        take_logit(first, row, total(0, to + lane()) * norm_scale(half, 0));
+    }
     sync_workers();
-    if (warp_id() < kSamplerWarps) {
-      const int token = draw_main(first, count);
-      if (threadIdx.x == 0) {
-        s.code = min(max(token - (token < 0 ? 0 : a.semantic_begin), 0), a.codebook_size - 1);
+    draw(f, [&] { return draw_main(first, count); });
+  }
+
+  // A fast code's logits, and its draw by every block alike.
+  __device__ __forceinline__ void fast_head(const Phase& f, int half) {
+    this->template project_normed<1>(f, half);
+    if (warp() == kWorkers - 1 && lane() < kTileRows)
+      put_logit(f, first_row(f) + lane(), total(0, lane()) * norm_scale(half, 0));
+    draw(f, [&] { return draw_code(f); });
+  }
+
+  // Of the main draw, for this block's rows: -log(noise), and whether the row is to be penalised.
+  __device__ __forceinline__ void prepare_rows(int first, int count) {
+    const Gumbel noise{
+        nullptr,
+        a.ids,
+        {static_cast<uint64>(a.rng[0]), static_cast<uint64>(a.rng[1]), static_cast<uint32>(a.main_threads)},
+        false};
+#pragma unroll 1
+    for (int i = thread; i < count; i += kWorkers * 32) {
+      const int token = a.ids ? a.ids[first + i] : first + i;
+      bool said = false;
+      for (int w = 0; w <= a.codebooks; ++w) said |= a.window[w * a.width] == token;  // the window's first frame
+      s.logits.value[i] = said ? 1.0f : 0.0f;
+      s.logits.gumbel[i] = noise(first + i);
+    }
+  }
+
+  // Every block draws the same token, by its first warps, and keeps its code.
+  template <class Draw>
+  __device__ __forceinline__ void draw(const Phase& f, Draw draw_token) {
+    if (warp() < kSamplerWarps) {
+      const int token = draw_token();
+      if (thread == 0) {
+        const bool main = f.kind == kHead;
+        s.code = min(max(main && token >= 0 ? token - a.semantic_begin : token, 0), a.codebook_size - 1);
         if (blockIdx.x == 0) {
-          a.out[0] = token;
-          a.out[1] = s.code;
+          a.out[main ? 0 : f.position] = token;
+          if (main) a.out[1] = s.code;
         }
       }
     }
     sync_workers();
   }
 
-  // Merges what all blocks found, in all of them alike.
-  __device__ __forceinline__ Ahead exchange(const Ahead& mine, WorkerMerger& merge) {
-    uint32* slot = a.passes + (static_cast<int64>(pass++) * kBlocks + blockIdx.x) * 8;
-    if (threadIdx.x == 0) {
+  __device__ __forceinline__ void take_logit(int first, int row, float x) {
+    if (a.logit_bias) x += a.logit_bias[first + row];
+    a.main_logits[first + row] = x;
+    s.logits.value[row] = penalised(x, s.logits.value[row] != 0.0f);
+  }
+
+  // Merges what all blocks found in a pass, in all of them alike.
+  __device__ __forceinline__ Ahead exchange(int pass, const Ahead& mine, WorkerMerger& merge) {
+    uint32* slot = a.passes + (static_cast<int64>(pass) * kBlocks + blockIdx.x) * 8;
+    if (thread == 0) {
       put_float(slot, mine.mass);
       put_word(slot + 1, static_cast<uint32>(mine.count));
       put_word(slot + 2, min(mine.best.key, kEmpty - 1));  // NaN stays larger than infinity
@@ -68,8 +117,8 @@ struct FrameDraws : FrameAttention<T> {
       put_word(slot + 5, 0u);
     }
     Ahead found = nothing();
-    if (threadIdx.x < kBlocks) {
-      const uint32* from = slot + (static_cast<int>(threadIdx.x) - static_cast<int>(blockIdx.x)) * 8;
+    if (thread < kBlocks) {
+      const uint32* from = slot + (thread - static_cast<int>(blockIdx.x)) * 8;
       const Vec16 x = waiting.take4(from);
       const uint2 y = waiting.take2(from + 4);
       found = {__uint_as_float(x.word[0]),
@@ -81,81 +130,44 @@ struct FrameDraws : FrameAttention<T> {
 
   __device__ __forceinline__ int draw_main(int first, int count) {
     WorkerMerger merge{s.slots, 0};
-    const Gumbel noise{
-        nullptr,
-        a.ids,
-        {static_cast<uint64>(a.rng[0]), static_cast<uint64>(a.rng[1]), static_cast<uint32>(a.main_threads)},
-        false};
     uint32 top = 0;
-    for (int i = threadIdx.x; i < count; i += kSamplerThreads) {
-      const int token = a.ids ? a.ids[first + i] : first + i;
-      bool said = false;
-      for (int w = 0; w <= a.codebooks; ++w) said |= a.window[w * a.width] == token;  // the window's first frame
-      s.logits.value[i] = penalised(s.logits.value[i], said);
-      s.logits.gumbel[i] = noise(first + i);
-      top = max(top, ordered_or_nan(s.logits.value[i]));
-    }
-    top = exchange({0.0f, 0, {merge.largest_of_block(top), 0, 0.0f}}, merge).best.key;
+#pragma unroll 1
+    for (int i = thread; i < count; i += kSamplerThreads) top = max(top, ordered_or_nan(s.logits.value[i]));
+    int pass = 0;
+    top = exchange(pass++, {0.0f, 0, {merge.largest_of_block(top), 0, 0.0f}}, merge).best.key;
     if (!is_finite(top)) return -1;
     const Scale scale{from_ordered(top), 1.0f / fmaxf(*a.temperature, kLowestTemperature)};
-    const Choice choice = draw(Limits{*a.top_p, *a.top_k}, scale, [&](uint64 place) {
+    const Choice choice = s1::draw(Limits{*a.top_p, *a.top_k}, scale, [&](uint64 place) {
       Ahead ahead = nothing();
-      for (int i = threadIdx.x; i < count; i += kSamplerThreads)
+#pragma unroll 1
+      for (int i = thread; i < count; i += kSamplerThreads)
         consider(ahead, s.logits.value[i], s.logits.gumbel[i], first + i, place, scale);
-      return exchange(merge(ahead), merge);
+      return exchange(pass++, merge(ahead), merge);
     });
     if (choice.key == 0) return -1;
     return a.ids ? a.ids[choice.row] : choice.row;
   }
 
-  // A fast code's logits, and its draw by every block alike.
-  __device__ __forceinline__ void fast_head(const Phase& f, int half) {
-    const int number = f.position;  // of the code that is drawn, 2 ... N
-    const int first = static_cast<int>(threadIdx.x) * 4;
-    float gumbel[4];
-    uint32 said = 0;
-    if (warp_id() < kSamplerWarps) {  // while the inputs are on their way
-      const uint64 offset = static_cast<uint32>(a.fast_offset + (number - 2) * a.fast_step);
-      const Gumbel noise{
-          nullptr,
-          nullptr,
-          {static_cast<uint64>(a.rng[0]), static_cast<uint64>(a.rng[1]) + offset, static_cast<uint32>(a.fast_threads)},
-          false};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) gumbel[i] = noise(first + i);
-      for (int w = 0; w < a.width; ++w) {
-        const int at = a.window[number * a.width + w] - first;
-        if (at >= 0 && at < 4) said |= 1u << at;
-      }
-    }
-    stage_normed(f, half);
-    sync_workers();
-    float* logits = a.fast_logits + static_cast<int64>(number - 2) * a.fast_rows;
-    this->template units<true>(f, s.stage[half], kWidth * 4, [&](int u, int, float2 y) {
-      const float scale = norm_scale(half, 0);
-      const int row = (static_cast<int>(blockIdx.x) * f.pairs + u) * 2 + lane_id();
-      if (lane_id() >= 2) return;
-      const float x = (lane_id() == 0 ? y.x : y.y) * scale;
-      put_float(a.words + f.out + row, x);
-      logits[row] = x;
-    });
-    if (warp_id() < kSamplerWarps) {
-      const int code = draw_code(f, said, gumbel);
-      if (threadIdx.x == 0) {
-        s.code = min(max(code, 0), a.codebook_size - 1);
-        if (blockIdx.x == 0) a.out[number] = code;
-      }
-    }
-    sync_workers();
+  __device__ __forceinline__ void put_logit(const Phase& f, int row, float x) {
+    put_float(a.words + f.out + row, x);
+    a.fast_logits[static_cast<int64>(f.position - 2) * a.fast_rows + row] = x;
   }
 
-  __device__ __forceinline__ int draw_code(const Phase& f, uint32 said, const float (&gumbel)[4]) {
+  // Each thread has four of a fast code's logits.
+  __device__ __forceinline__ int draw_code(const Phase& f) {
     WorkerMerger merge{s.slots, 0};
-    const int first = static_cast<int>(threadIdx.x) * 4;
+    const int first = thread * 4;
     const Limits limits{*a.top_p, *a.top_k};
     const float inverse_temperature = 1.0f / fmaxf(*a.temperature, kLowestTemperature);
     float value[4];
-    uint32 top = 0;
+    const float4 gumbel = reinterpret_cast<const float4*>(s.gumbel)[thread];
+    const float noise[4] = {gumbel.x, gumbel.y, gumbel.z, gumbel.w};
+    uint32 said = 0, top = 0;
+#pragma unroll 4
+    for (int w = 0; w < a.width; ++w) {
+      const int at = a.window[f.position * a.width + w] - first;
+      if (at >= 0 && at < 4) said |= 1u << at;
+    }
     const Vec16 words = waiting.take4(a.words + f.out + first);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -165,10 +177,10 @@ struct FrameDraws : FrameAttention<T> {
     top = merge.largest_of_block(top);
     if (!is_finite(top)) return -1;
     const Scale scale{from_ordered(top), inverse_temperature};
-    const Choice choice = draw(limits, scale, [&](uint64 place) {
+    const Choice choice = s1::draw(limits, scale, [&](uint64 place) {
       Ahead ahead = nothing();
 #pragma unroll
-      for (int i = 0; i < 4; ++i) consider(ahead, value[i], gumbel[i], first + i, place, scale);
+      for (int i = 0; i < 4; ++i) consider(ahead, value[i], noise[i], first + i, place, scale);
       return merge(ahead);
     });
     return choice.key == 0 ? -1 : choice.row;

@@ -1,4 +1,10 @@
 // The persistent frame kernel's stream of weights, and the phases that multiply them.
+//
+// A block multiplies its rows of a matrix, 8 of them a tile, on tensor cores. Every warp has a sixteenth of the columns
+// of all tiles; the warps' sums meet in shared memory. An mma takes 64 columns of a tile: its operand rows 0 to 7 are
+// 32 of them and rows 8 to 15 the other 32, its eight operand columns are the two halves of x, of up to two vectors, of
+// the high part (x rounded to T) and the low part (what that left). Half of the results are of no use, in exchange for
+// 16-byte loads without bank conflicts: lanes of odd rows take the halves in the other order.
 #pragma once
 
 #include "frame_state.cuh"
@@ -9,258 +15,315 @@ template <class T>
 struct FrameProjections {
   const PersistentFrameArgs& a;
   Shared<T>& s;
-  RingCursor<kSlots> ring;
   Waiting waiting;
-  int pass;      // exchanges of the main draw so far
-  int position;  // of the frame
-  uint32 turn;   // number of the frame
+  uint32 begun;  // clock at the phase's start
+  int thread;    // threadIdx.x
 
-  // The warp that streams the weights: one lane, so that units come in order and no slot is a turn ahead of another.
+  // The first kCopyLanes lanes of the warp that streams the weights. They go in step, a unit each, so that none is a
+  // turn of the ring ahead of another.
   static __device__ void stream(const PersistentFrameArgs& a, Shared<T>& s) {
-    int issued = 0;
-    RingCursor<kSlots> at{0, 1}, done{0, 0};
+    const int lane = lane_id();
     Phase next = a.phases[0];
     for (int p = 0; p < a.phase_count; ++p) {
       const Phase f = next;
       if (p + 1 < a.phase_count) next = a.phases[p + 1];
-      if (f.row_a == 0) continue;
-      const int units = pairs_here(f) * f.slices, first = static_cast<int>(blockIdx.x) * f.pairs;
-      for (int u = 0; u < units; ++u) {
-        barrier_wait(s.empty + at.slot, at.parity);
-        if (issued++ >= kAtOnce) {
-          barrier_wait(s.full + done.slot, done.parity);
-          done.advance(1);
+      RingCursor<kSlots> at = RingCursor<kSlots>{f.slot, f.parity}.ahead(lane);
+      for (int u = lane; u - lane < f.units; u += kCopyLanes) {
+        if (u < f.units) {
+          barrier_wait(s.empty + at.slot, at.parity ^ 1);
+          copy_unit(s, f, u, at.slot);
         }
-        copy_unit(s, f, first + u / f.slices, u % f.slices, at.slot);
-        at.advance(1);
+        at.advance(kCopyLanes);
+        __syncwarp((1u << kCopyLanes) - 1);
       }
     }
   }
 
-  static __device__ __forceinline__ void copy_unit(Shared<T>& s, const Phase& f, int pair, int slice, int slot) {
-    const int64 from = static_cast<int64>(pair) * f.stride + slice * (kUnitBytes / 2);
-    const unsigned char* row_a = reinterpret_cast<const unsigned char*>(f.row_a) + from;
-    const unsigned char* row_b = reinterpret_cast<const unsigned char*>(f.row_b) + from;
-    if (f.kind != kSwiglu && 2 * pair + 1 >= f.rows) row_b = row_a;  // the last row is alone
-    unsigned char* to = s.ring + slot * kUnitBytes;
-    uint64* full = s.full + slot;
-    barrier_expect(full, kUnitBytes);
-    if (row_b == row_a + kUnitBytes / 2) {
-      bulk_copy(to, row_a, kUnitBytes, full);
-    } else {
-      bulk_copy(to, row_a, kUnitBytes / 2, full);
-      bulk_copy(to + kUnitBytes / 2, row_b, kUnitBytes / 2, full);
-    }
+  // The rows of a block lie in one piece. kSwiglu takes tiles of w1 and w3 by turns.
+  static __device__ __forceinline__ void copy_unit(Shared<T>& s, const Phase& f, int u, int slot) {
+    const int row_bytes = f.slices * kRowBytes, at = (f.second ? u / 4 * 2 + u % 2 : u) * kUnitBytes;
+    const int bytes = max(0, min(kUnitBytes, rows_here(f) * row_bytes - at));
+    const uint64 from =
+        (f.second && u / 2 % 2 ? f.second : f.weight) + static_cast<int64>(first_row(f)) * row_bytes + at;
+    barrier_expect(s.full + slot, bytes);
+    if (bytes > 0) bulk_copy(s.ring + slot * kUnitBytes, reinterpret_cast<const void*>(from), bytes, s.full + slot);
   }
 
-  // 1/rms of a vector, after stage_normed() and a barrier.
+  __device__ __forceinline__ int lane() const { return static_cast<int>(static_cast<uint32>(thread) % 32); }
+  __device__ __forceinline__ int warp() const { return static_cast<int>(static_cast<uint32>(thread) / 32); }
+
+  // Before a phase or a step of it. The compiler must not know that `thread` stays the same: it would keep all that
+  // follows from it, in registers that there are not.
+  __device__ __forceinline__ void read_thread() { asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread)); }
+
+  // Waits for units of the ring.
+  __device__ __forceinline__ void await(RingCursor<kSlots> at, int units) const {
+    if (lane() < units) {
+      at = at.ahead(lane());
+      barrier_wait(s.full + at.slot, at.parity);
+    }
+    __syncwarp();
+  }
+  // Gives them back: this warp has what it wants from them. They are free when all have said so.
+  __device__ __forceinline__ void release(RingCursor<kSlots> at, int units) const {
+    __syncwarp();
+    if (lane() < units) barrier_arrive(s.empty + at.ahead(lane()).slot);
+  }
+
+  // A lane's weights: of kCount tiles, 64 columns each, or of one tile and kCount times 64 columns.
+  template <int kCount>
+  struct Held {
+    Vec16 first[kCount], second[kCount];  // 8 of the first 32 columns and of the other; reversed in odd rows
+
+    // Those from number kFrom to kTo. `row` is the offset of this lane's row in the units from slot `slot` on, `step`
+    // from one number to the next.
+    template <int kFrom, int kTo>
+    __device__ __forceinline__ void load(const FrameProjections& frame, int slot, int row, int step) {
+      const int other = frame.lane() / 4 % 2 ? -64 : 64;
+      const int start = slot * kUnitBytes + row + frame.lane() % 4 * 16 + (64 - other) / 2;
+#pragma unroll
+      for (int i = kFrom; i < kTo; ++i) {
+        int at = start + i * step;
+        if (at >= kSlots * kUnitBytes) at -= kSlots * kUnitBytes;
+        first[i] = load_vec(frame.s.ring + at);
+        second[i] = load_vec(frame.s.ring + at + other);
+      }
+    }
+    __device__ __forceinline__ void multiply(float (&sum)[4], int i, const Vec16& x) const {
+      const Vec16 &v = first[i], &w = second[i];
+      Mma<T>::add(sum, v.word[0], w.word[0], v.word[1], w.word[1], x.word[0], x.word[1]);
+      Mma<T>::add(sum, v.word[2], w.word[2], v.word[3], w.word[3], x.word[2], x.word[3]);
+    }
+  };
+  // Of this lane's row: in lane % 4 = 2v the product with vector v's high part, in 2v + 1 with its low part.
+  __device__ __forceinline__ float result(const float (&sum)[4]) const {
+    return lane() / 4 % 2 ? sum[1] + sum[2] : sum[0] + sum[3];
+  }
+
+  // This lane's part of x for 64 columns, as an operand.
+  __device__ __forceinline__ Vec16 operand(const Staged<T>& x, int column) const {
+    const int n = lane() / 4;
+    return x.load(n / 2 % 2 != 0, n / 4, column + n % 2 * 32 + lane() % 4 * 8);
+  }
+  __device__ __forceinline__ Staged<T> staged(int vectors) const {
+    return {reinterpret_cast<T*>(s.stage), vectors, kWidth, true};
+  }
+
+  // A result, when all warps have left their sums.
+  __device__ __forceinline__ float total(int vector, int row) const {
+    float y[4];
+#pragma unroll
+    for (int w = 0; w < kWorkers; ++w) y[w % 4] = (w < 4 ? 0.0f : y[w % 4]) + s.partial[w][vector][row];
+    return (y[0] + y[1]) + (y[2] + y[3]);
+  }
+
+  // The offset of this lane's row in a tile of 1024 columns, of which its warp has 64.
+  __device__ __forceinline__ int tile_row() const { return lane() / 4 * kRowBytes + warp() * 128; }
+
+  // Tiles times normalised vectors; the sums go to `to` and on.
+  template <int kTiles>
+  __device__ __forceinline__ void multiply_tiles(const Held<kTiles>& held, const Vec16& x, int vectors, int to) {
+    float y[kTiles];
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      held.multiply(sum, i, x);
+      y[i] = result(sum);
+    }
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) y[i] += __shfl_xor_sync(kAllLanes, y[i], 1);
+    const int vector = lane() % 4 / 2;
+    if (lane() % 2 != 0 || vector >= vectors) return;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) s.partial[warp()][vector][to + i * kTileRows + lane() / 4] = y[i];
+  }
+
+  // A phase of kTiles tiles on normalised vectors: total() of a row, times norm_scale(), is its result.
+  template <int kTiles>
+  __device__ __forceinline__ void project_normed(const Phase& f, int half) {
+    constexpr int kStep = kTileRows * kRowBytes, kEarly = kTiles < kEarlyTiles ? kTiles : kEarlyTiles;
+    const RingCursor<kSlots> at{f.slot, f.parity};
+    Held<kTiles> held;
+    await(at, 2 * kEarly);
+    held.template load<0, kEarly>(*this, at.slot, tile_row(), kStep);
+    release(at, 2 * kEarly);
+    stage_normed(f, half);
+    sync_workers();
+    if constexpr (kEarly < kTiles) {
+      const RingCursor<kSlots> rest = at.ahead(2 * kEarly);
+      await(rest, 2 * (kTiles - kEarly));
+      held.template load<kEarly, kTiles>(*this, at.slot, tile_row(), kStep);
+      release(rest, 2 * (kTiles - kEarly));
+    }
+    multiply_tiles(held, operand(staged(f.vectors), warp() * 64), f.vectors, 0);
+    sync_workers();
+  }
+
+  // A phase of one tile, kSlices * 1024 columns wide, on vectors as they are, from `x` on when stage() has put them
+  // there: its 8 rows are added to the residual stream. If stage() needs the registers, the weights come later.
+  template <int kSlices, bool kLate, class Stage>
+  __device__ __forceinline__ void project_residual(const Phase& f, T* x, Stage stage) {
+    constexpr int kColumns = kSlices * kWidth;
+    const int mine = warp() * kSlices * 64;  // of the columns
+    const RingCursor<kSlots> at{f.slot, f.parity};
+    Held<kSlices> held;
+    if constexpr (kLate) stage();
+    await(at, 2 * kSlices);
+    held.template load<0, kSlices>(*this, at.slot, (lane() / 4 * kColumns + mine) * 2, 128);
+    release(at, 2 * kSlices);
+    if constexpr (!kLate) stage();
+    sync_workers();
+    const Staged<T> staged{x, f.vectors, kColumns, false};
+    float y = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kSlices; ++i) {
+      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      held.multiply(sum, i, operand(staged, mine + i * 64));
+      y += result(sum);
+    }
+    if (lane() % 2 == 0 && lane() % 4 / 2 < f.vectors) s.partial[warp()][lane() % 4 / 2][lane() / 4] = y;
+    sync_workers();
+    const int vector = lane() / kOwnRows, row = lane() % kOwnRows;
+    if (warp() != 0 || vector >= f.vectors) return;
+    y = rounded<T>(s.own[vector][row] + total(vector, row));
+    s.own[vector][row] = y;
+    put_pair(f, vector, row, y);
+  }
+
+  // Passes the results of rows `row` and `row` + 1 on, which this lane and the next have; `row` is this block's.
+  __device__ __forceinline__ void put_pair(const Phase& f, int vector, int row, float y) {
+    const float next = __shfl_down_sync(__activemask(), y, 1);
+    if (row % 2 == 0) put_word(a.words + (f.out + (vector * f.rows + first_row(f) + row) / 2), pack<T>(y, next));
+  }
+
+  // 1/rms of a vector, if it is not in the staged vector already.
   __device__ __forceinline__ float norm_scale(int half, int vector) const {
-    const float* q = s.squares[half][vector];
-    return rsqrtf((q[0] + q[1] + q[2] + q[3]) * (1.0f / kWidth) + a.eps);
+    return kScaleBeforeRounding<T> ? 1.0f : scale_of(half, vector);
+  }
+  __device__ __forceinline__ float scale_of(int half, int vector) const {
+    const float4* q = reinterpret_cast<const float4*>(s.squares[half][vector]);
+    const float square = ((q[0].x + q[0].y) + (q[0].z + q[0].w)) + ((q[1].x + q[1].y) + (q[1].z + q[1].w));
+    return rsqrtf(square * (1.0f / kWidth) + a.eps);
   }
 
-  // Eight elements of the input of a phase that begins a stack.
-  __device__ __forceinline__ Vec16 source(const Phase& f, int vector, int column) {
-    if (f.source == kCodes) {
-      if (f.vectors == 2 && vector == 0) return load_vec(s.hidden + column / 2);
-      return load_vec(static_cast<const T*>(a.fast_embedding) + static_cast<int64>(s.code) * kWidth + column);
-    }
-    const int main = a.tokens[0];
-    float sum[8], x[8];
-    if (main < 0 || main >= a.text_rows) return pack8_of_nan();
-    unpack8<T>(load_vec(static_cast<const T*>(a.text_embedding) + static_cast<int64>(main) * kWidth + column), sum);
-    if (main >= a.semantic_begin && main <= a.semantic_end) {
-      for (int i = 0; i < a.codebooks; ++i) {
-        const int code = a.tokens[1 + i];
-        if (code < 0 || code >= a.codebook_size) return pack8_of_nan();
-        const int64 row = static_cast<int64>(i) * a.codebook_size + code;
-        unpack8<T>(load_vec(static_cast<const T*>(a.codebook_embedding) + row * kWidth + column), x);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) sum[e] += x[e];
-      }
-#pragma unroll
-      for (int e = 0; e < 8; ++e) sum[e] *= a.scale;
-    }
-    return pack8<T>(sum);
-  }
-  static __device__ __forceinline__ Vec16 pack8_of_nan() {
-    float x[8];
-#pragma unroll
-    for (int e = 0; e < 8; ++e) x[e] = not_a_number();
-    return pack8<T>(x);
-  }
-
-  // Stages x * norm_weight of a phase's vectors in float32: elements 0 to 3 of every eight first, then 4 to 7. Four
-  // warps a vector.
-  __device__ __forceinline__ void stage_normed(const Phase& f, int half) {
-    const int vector = threadIdx.x / 128, column = threadIdx.x % 128 * 8;
+  // Puts the vectors that a stack begins with where stage_normed() finds them, each thread those that it will read.
+  __device__ __forceinline__ void begin_stack(const Phase& f) {
+    const int vector = warp() / 8, column = thread % 256 * 4;
     if (vector >= f.vectors) return;
-    const Vec16 weights = load_weight(reinterpret_cast<const T*>(f.norm_weight) + column);
-    Vec16 x;
-    if (f.source == kWords) {
-      x = waiting.take4(a.words + f.in + vector * (kWidth / 2) + column / 2);
-    } else {
-      x = source(f, vector, column);
-      const int mine = column - static_cast<int>(blockIdx.x) * kOwnRows;
-      if (mine == 0) {
-        float v[8];
-        unpack8<T>(x, v);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) s.own[vector][e] = v[e];
-      }
+    const uint2 x = source(f, vector, column);
+    *reinterpret_cast<uint2*>(s.begin[vector] + column / 2) = x;
+    const int own = column - static_cast<int>(blockIdx.x) * kOwnRows;
+    if (own < 0 || own >= kOwnRows) return;
+    const float2 v = unpack<T>(x.x), w = unpack<T>(x.y);
+    *reinterpret_cast<float4*>(s.own[vector] + own) = {v.x, v.y, w.x, w.y};
+  }
+  __device__ __forceinline__ uint2 source(const Phase& f, int vector, int column) const {
+    if (f.source == kCodes) {
+      if (f.vectors == 2 && vector == 0) return *reinterpret_cast<const uint2*>(s.hidden + column / 2);
+      return embedding(a.fast_embedding, s.code, column);
     }
-    if (f.kind == kHead) store_vec(s.hidden + column / 2, x);
-    float v[8], n[8], square = 0.0f;
-    unpack8<T>(x, v);
-    unpack8<T>(weights, n);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) square = fmaf(v[e], v[e], square);
-    float4* to = reinterpret_cast<float4*>(s.stage[half]) + vector * (kWidth / 4) + column / 8;
-    to[0] = {v[0] * n[0], v[1] * n[1], v[2] * n[2], v[3] * n[3]};
-    to[kWidth / 8] = {v[4] * n[4], v[5] * n[5], v[6] * n[6], v[7] * n[7]};
-    square = warp_sum(square);
-    if (lane_id() == 0) s.squares[half][vector][warp_id() % 4] = square;
+    constexpr uint32 kNaN = 0x7fff7fffu;  // two of either 16-bit type
+    const int main = a.tokens[0];
+    if (main < 0 || main >= a.text_rows) return {kNaN, kNaN};
+    const uint2 text = embedding(a.text_embedding, main, column);
+    if (main < a.semantic_begin || main > a.semantic_end) return text;
+    float2 v = unpack<T>(text.x), w = unpack<T>(text.y);
+#pragma unroll 1
+    for (int i = 0; i < a.codebooks; ++i) {
+      const int code = a.tokens[1 + i];
+      if (code < 0 || code >= a.codebook_size) return {kNaN, kNaN};
+      const uint2 x = embedding(a.codebook_embedding, i * a.codebook_size + code, column);
+      const float2 p = unpack<T>(x.x), q = unpack<T>(x.y);
+      v = {v.x + p.x, v.y + p.y};
+      w = {w.x + q.x, w.y + q.y};
+    }
+    return {pack<T>(v.x * a.scale, v.y * a.scale), pack<T>(w.x * a.scale, w.y * a.scale)};
+  }
+  // Four elements of a row of an embedding.
+  static __device__ __forceinline__ uint2 embedding(const void* rows, int row, int column) {
+    return *reinterpret_cast<const uint2*>(static_cast<const T*>(rows) + (static_cast<int64>(row) * kWidth + column));
+  }
+
+  // Lets the time pass in which other blocks' words cannot have come.
+  __device__ __forceinline__ void before_polls() const {
+    while (static_cast<uint32>(clock64()) - begun < kPollDelay) {
+    }
+  }
+
+  // Stages x * norm_weight of a phase's vectors in two parts: eight warps a vector, four elements a lane.
+  __device__ __forceinline__ void stage_normed(const Phase& f, int half) {
+    const int vector = warp() / 8, column = thread % 256 * 4;
+    if (vector >= f.vectors) return;
+    const uint2 weights = *reinterpret_cast<const uint2*>(reinterpret_cast<const T*>(f.norm_weight) + column);
+    uint2 x;
+    if (f.source == kWords) {
+      before_polls();
+      x = waiting.take2(a.words + f.in + vector * (kWidth / 2) + column / 2);
+    } else {
+      x = *reinterpret_cast<const uint2*>(s.begin[vector] + column / 2);  // as this thread left it
+    }
+    if (f.kind == kHead) *reinterpret_cast<uint2*>(s.hidden + column / 2) = x;
+    const float2 v = unpack<T>(x.x), w = unpack<T>(x.y), n = unpack<T>(weights.x), m = unpack<T>(weights.y);
+    const auto put = [&](float scale) {
+      const float y[4] = {v.x * n.x * scale, v.y * n.y * scale, w.x * m.x * scale, w.y * m.y * scale};
+      const uint2 high = {pack<T>(y[0], y[1]), pack<T>(y[2], y[3])};
+      const float2 p = unpack<T>(high.x), q = unpack<T>(high.y);
+      const Staged<T> to = staged(f.vectors);
+      *reinterpret_cast<uint2*>(to.high(vector) + column) = high;
+      *reinterpret_cast<uint2*>(to.low(vector) + column) = {pack<T>(y[0] - p.x, y[1] - p.y),
+                                                            pack<T>(y[2] - q.x, y[3] - q.y)};
+    };
+    if constexpr (!kScaleBeforeRounding<T>) put(1.0f);
+    const float square = warp_sum((v.x * v.x + v.y * v.y) + (w.x * w.x + w.y * w.y));
+    if (lane() == 0) s.squares[half][vector][warp() % 8] = square;
+    if constexpr (kScaleBeforeRounding<T>) {
+      sync_stagers(vector);
+      put(scale_of(half, vector));
+    }
   }
 
   // Stages the words of a phase's vectors as they are, `words` of them each.
-  __device__ __forceinline__ void stage_words(const Phase& f, int half, int words) {
-    for (int i = threadIdx.x; i < f.vectors * words / 4; i += kWorkers * 32)
-      store_vec(s.stage[half] + i * 16, waiting.take4(a.words + f.in + i * 4));
+  __device__ __forceinline__ void stage_words(const Phase& f, int words) {
+    before_polls();
+    for (int i = thread; i < f.vectors * words / 4; i += kWorkers * 32)
+      store_vec(s.stage + i * 16, waiting.take4(a.words + f.in + i * 4));
   }
 
-  // This lane's columns of a vector of 1024: eight at k*256 + lane*8, k < 4. As stage_normed() left it, or T [1024].
-  struct Columns {
-    float x[4][8];
-
-    __device__ __forceinline__ void load(const unsigned char* stage, bool normed) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int i = k * 32 + lane_id();
-        if (normed) {
-          const float4 low = reinterpret_cast<const float4*>(stage)[i];
-          const float4 high = reinterpret_cast<const float4*>(stage)[kWidth / 8 + i];
-          x[k][0] = low.x, x[k][1] = low.y, x[k][2] = low.z, x[k][3] = low.w;
-          x[k][4] = high.x, x[k][5] = high.y, x[k][6] = high.z, x[k][7] = high.w;
-        } else {
-          unpack8<T>(load_vec(stage + i * 16), x[k]);
-        }
-      }
-    }
-  };
-
-  // The two rows of a unit times a vector, in all lanes.
-  static __device__ __forceinline__ float2 multiply(const unsigned char* unit, const Columns& c) {
-    const Vec16* rows = reinterpret_cast<const Vec16*>(unit);
-    float even[2] = {0.0f, 0.0f}, odd[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float w[8];
-        unpack8<T>(rows[r * 128 + k * 32 + lane_id()], w);
-#pragma unroll
-        for (int e = 0; e < 8; e += 2) {
-          even[r] = fmaf(w[e], c.x[k][e], even[r]);
-          odd[r] = fmaf(w[e + 1], c.x[k][e + 1], odd[r]);
-        }
-      }
-    // Both sums in one butterfly: after the first step, half the warp works on each.
-    const float a_sum = even[0] + odd[0], b_sum = even[1] + odd[1];
-    const bool upper = lane_id() & 16;
-    const float passed = __shfl_xor_sync(kAllLanes, upper ? a_sum : b_sum, 16);
-    float mine = (upper ? b_sum : a_sum) + passed;
-#pragma unroll
-    for (int offset = 8; offset > 0; offset /= 2) mine += __shfl_xor_sync(kAllLanes, mine, offset);
-    const float other = __shfl_xor_sync(kAllLanes, mine, 16);
-    return upper ? float2{other, mine} : float2{mine, other};
-  }
-
-  // All of this block's units of a phase: put(unit, vector, sums) in all lanes of the warp that had the unit.
-  // `stage_bytes` is from a vector's stage to the next's.
-  template <bool kNormed, class Put>
-  __device__ __forceinline__ void units(const Phase& f, const unsigned char* stage, int stage_bytes, Put put) {
-    const int count = pairs_here(f) * f.slices, vectors = f.vectors, slices = f.slices;
-    RingCursor<kSlots> at = ring.ahead(warp_id());
-    Columns c;
-    if (kNormed && vectors == 1) {  // the same columns for all units
-      c.load(stage, kNormed);
-      for (int u = warp_id(); u < count; u += kWorkers) {
-        barrier_wait(s.full + at.slot, at.parity);
-        const float2 y = multiply(s.ring + at.slot * kUnitBytes, c);
-        __syncwarp();
-        if (lane_id() == 0) barrier_arrive(s.empty + at.slot);
-        put(u, 0, y);
-        at.advance(kWorkers);
-      }
-    } else {
-#pragma unroll 1
-      for (int u = warp_id(); u < count; u += kWorkers) {
-        barrier_wait(s.full + at.slot, at.parity);
-#pragma unroll 1
-        for (int v = 0; v < vectors; ++v) {
-          c.load(stage + v * stage_bytes + (slices == 1 ? 0 : u % slices * 2048), kNormed);
-          put(u, v, multiply(s.ring + at.slot * kUnitBytes, c));
-        }
-        __syncwarp();
-        if (lane_id() == 0) barrier_arrive(s.empty + at.slot);
-        at.advance(kWorkers);
-      }
-    }
-    ring.advance(count);
-  }
-
+  // A warp for each vector has the results of a phase, a lane a row. The fast stack's queries and keys leave rotated.
+  template <int kTiles>
   __device__ __forceinline__ void qkv(const Phase& f, int half) {
-    stage_normed(f, half);
-    sync_workers();
-    const int n = pairs_here(f), words = f.rows / 2;
-    units<true>(f, s.stage[half], kWidth * 4, [&](int u, int v, float2 y) {
-      const float scale = norm_scale(half, v);
-      if (lane_id() == 0)
-        put_word(a.words + f.out + v * words + static_cast<int>(blockIdx.x) * n + u, pack<T>(y.x * scale, y.y * scale));
-    });
-  }
-
-  __device__ __forceinline__ void swiglu_phase(const Phase& f, int half) {
-    stage_normed(f, half);
-    sync_workers();
-    const int n = f.pairs;
-    units<true>(f, s.stage[half], kWidth * 4, [&](int u, int v, float2 y) {
-      const float scale = norm_scale(half, v), gate = y.x * scale;
-      if (lane_id() == 0) s.sums[half][v][u] = gate / (1.0f + expf(-gate)) * (y.y * scale);
-    });
-    sync_workers();
-    const int v = threadIdx.x / 32, i = lane_id();
-    if (v < f.vectors && i < n / 2)
-      put_word(a.words + f.out + (v * kBlocks + static_cast<int>(blockIdx.x)) * (n / 2) + i,
-               pack<T>(s.sums[half][v][2 * i], s.sums[half][v][2 * i + 1]));
-  }
-
-  // Projection of staged vectors back into the residual stream.
-  __device__ __forceinline__ void project(const Phase& f, int half, const unsigned char* stage, int stage_bytes) {
-    units<false>(f, stage, stage_bytes, [&](int u, int v, float2 y) {
-      if (lane_id() != 0) return;
-      s.sums[half][v][2 * u] = y.x;
-      s.sums[half][v][2 * u + 1] = y.y;
-    });
-    sync_workers();
-    const int v = threadIdx.x / 32, pair = lane_id();
-    if (v >= f.vectors || pair >= f.pairs) return;
-    float y[2] = {0.0f, 0.0f};
-    for (int k = 0; k < f.slices; ++k) {
-      y[0] += s.sums[half][v][2 * (pair * f.slices + k)];
-      y[1] += s.sums[half][v][2 * (pair * f.slices + k) + 1];
+    if (f.source != kWords) begin_stack(f);
+    project_normed<kTiles>(f, half);
+    const int vector = warp(), row = lane();
+    if (vector >= f.vectors || row >= kTiles * kTileRows) return;
+    float y = total(vector, row) * norm_scale(half, vector);
+    if (f.kind == kFastQkv && first_row(f) < 24 * kFastDim) {
+      y = rounded<T>(y);
+      const float other = __shfl_xor_sync(__activemask(), y, 1);
+      const uint32 at = static_cast<uint32>(first_row(f) + row) % kFastDim;
+      const float2 angle = unpack<T>(*reinterpret_cast<const uint32*>(&s.angles[f.position + vector][at & ~1u]));
+      y = y * angle.x + (row % 2 == 0 ? -other : other) * angle.y;
     }
-    float* own = s.own[v] + 2 * pair;
-    own[0] = rounded<T>(own[0] + y[0]);
-    own[1] = rounded<T>(own[1] + y[1]);
-    put_word(a.words + f.out + v * (kWidth / 2) + static_cast<int>(blockIdx.x) * f.pairs + pair,
-             pack<T>(own[0], own[1]));
+    put_pair(f, vector, row, y);
   }
-
-  __device__ __forceinline__ void output(const Phase& f, int half) {
-    stage_words(f, half, f.slices * (kWidth / 2));
-    sync_workers();
-    project(f, half, s.stage[half], f.slices * kWidth * 2);
+  template <int kTiles>
+  __device__ __forceinline__ void swiglu(const Phase& f, int half) {
+    project_normed<kTiles>(f, half);
+    const int vector = warp(), row = lane(), gate_at = row / kTileRows * 2 * kTileRows + row % kTileRows;
+    if (vector >= f.vectors || row >= kTiles / 2 * kTileRows) return;
+    const float scale = norm_scale(half, vector), gate = total(vector, gate_at) * scale;
+    const float up = total(vector, gate_at + kTileRows) * scale;
+    put_pair(f, vector, row, __fdividef(gate, 1.0f + __expf(-gate)) * up);
+  }
+  __device__ __forceinline__ void swiglu(const Phase& f, int half) {
+    switch (f.share) {
+      case 8:
+        return swiglu<2>(f, half);
+      case 16:
+        return swiglu<4>(f, half);
+      default:
+        return swiglu<6>(f, half);
+    }
   }
 };
 

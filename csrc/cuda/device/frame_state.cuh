@@ -3,41 +3,46 @@
 
 #include "attention.cuh"
 #include "exchange.cuh"
+#include "gemv.cuh"
 #include "token.cuh"
 #include "weight_ring.cuh"
 
 namespace s1 {
 
 constexpr int kBlocks = 128;
-constexpr int kWorkers = 12;  // warps that compute
-// Units in the ring: a multiple of kWorkers, so that a slot's last unit was the same warp's. Else a warp could come for
-// a unit before the one that the slot held before has arrived, and take the parity of that for its own.
-constexpr int kSlots = 2 * kWorkers;
-constexpr int kAtOnce = 8;            // units that may be under way; more does not stream faster
-constexpr int kPollDelay = 400;       // cycles before the first poll of a phase: one that misses costs a round trip
+constexpr int kWorkers = 16;          // warps that compute
+constexpr int kSlots = 12;            // units in the ring
+constexpr int kCopyLanes = 4;         // that copy units
+constexpr int kPollDelay = 600;       // cycles before the first poll of a phase: one that misses costs a round trip
 constexpr int kWidth = 1024;          // C of both stacks
 constexpr int kSplits = kBlocks / 8;  // parts of a slow head's positions
 constexpr int kSlowDim = 128, kFastDim = 64;  // D
+constexpr int kChunkStep = 16;                // a split's positions are a multiple of it
 constexpr int kPartWords = 2 * (kSlowDim + 2);
-constexpr int kPlaces = 16;        // fast positions at most
-constexpr int kOwnRows = 8;        // of the residual stream
-constexpr int kMostLogits = 1280;  // main logits of a block
+constexpr int kFastQkvRows = 32 * kFastDim;  // 16 query, 8 key and 8 value heads
+constexpr int kPlaces = 12;                  // fast positions at most
+constexpr int kOwnRows = 8;                  // of the residual stream
+constexpr int kMostLogits = 1280;            // main logits of a block
+constexpr int kEarlyTiles = 4;               // that a warp takes into registers before it waits
 
-enum Kind { kQkv, kAttend, kCombine, kOutput, kSwiglu, kFastOutput, kHead, kFastHead };
+enum Kind { kQkv, kAttend, kCombine, kOutput, kSwiglu, kFastQkv, kFastOutput, kHead, kFastHead };
 enum Source { kWords, kTokens, kCodes };
 
 struct Phase {
-  uint64 row_a, row_b;  // T [.., columns]: a unit's two rows, of pair 0
-  uint64 norm_weight;   // T [1024] or null
-  int stride;           // bytes from a pair of rows to the next
-  int pairs;            // of a block
-  int slices;           // of 1024 columns in a row
-  int rows;             // of the matrix; the last pair may lack its second row
+  uint64 weight;       // T [rows, slices * 1024], or 0
+  uint64 second;       // of kSwiglu: w3, where weight is w1
+  uint64 norm_weight;  // T [1024], or 0
+  int rows;            // of each matrix
+  int share;           // of a block: a multiple of 8, all blocks alike, but for kHead
+  int slices;
   int kind, source;
-  int in, out;   // word offsets into `words`
-  int vectors;   // 1, or 2 in the fast stack's first pass
-  int layer;     // of its stack
-  int position;  // of the first vector in the fast stack; the code that is drawn is number position + vectors
+  int in, out;    // word offsets into `words`
+  int vectors;    // 1, or 2 in the fast stack's first pass
+  int layer;      // of its stack
+  int position;   // of the first vector in the fast stack; of kFastHead: the number of the code that is drawn
+  int units;      // of the ring, in every block
+  int slot;       // of the first
+  uint32 parity;  // of its turn
   int unused;
 };
 
@@ -94,40 +99,47 @@ __device__ __forceinline__ void sync_samplers() {
   asm volatile("barrier.sync 2, %0;" ::"n"(kSamplerThreads) : "memory");
 }
 
+// The eight warps that stage a vector.
+__device__ __forceinline__ void sync_stagers(int vector) {
+  asm volatile("barrier.sync %0, 256;" ::"r"(3 + vector) : "memory");
+}
+
 __device__ __forceinline__ int64 nanoseconds() {
   int64 t;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
   return t;
 }
 
-// The units of a phase that this block consumes.
-__device__ __forceinline__ int pairs_here(const Phase& f) {
-  return max(0, min(f.pairs, ceil_div(f.rows, 2) - static_cast<int>(blockIdx.x) * f.pairs));
-}
+// The rows of a phase's matrices that this block has.
+__device__ __forceinline__ int first_row(const Phase& f) { return static_cast<int>(blockIdx.x) * f.share; }
+__device__ __forceinline__ int rows_here(const Phase& f) { return max(0, min(f.share, f.rows - first_row(f))); }
 
 template <class T>
 struct Shared {
   unsigned char ring[kSlots * kUnitBytes];
-  unsigned char stage[2][12 * 1024];  // a phase's inputs; two, since a warp may be a phase ahead
+  unsigned char stage[12 * 1024];  // a phase's inputs
   union {
     T cache[4][2][10][8][kFastDim];  // the fast stack's keys and values
     struct {
       float value[kMostLogits], gumbel[kMostLogits];
     } logits;  // of the main draw, before the fast stack begins
   };
-  float merged[8][2][kSlowDim + 2];  // slow attention, of a warp
-  float part[kSplits][20];           // of a block
+  float partial[kWorkers][2][48];           // a warp's part of a phase's results, by vector
+  float merged[kWorkers][2][kSlowDim + 2];  // slow attention, of a warp
   float query[2][kSlowDim];
   T fresh[2][kSlowDim];
   T angles[kPlaces][kFastDim];
-  float sums[2][2][64];       // a phase's unfinished results, by vector
-  float squares[2][2][4];     // of x, by vector and warp
-  float own[2][kOwnRows];     // this block's rows of the residual stream, by vector
-  uint32 hidden[kWidth / 2];  // the slow stack's result
+  float squares[2][2][8];       // of x, by vector and warp; two, since a warp may be a phase ahead
+  float own[2][kOwnRows];       // this block's rows of the residual stream, by vector
+  float gumbel[1024];           // of the fast code that is drawn next
+  uint32 begin[2][kWidth / 2];  // what a stack begins with, by vector
+  uint32 hidden[kWidth / 2];    // the slow stack's result
   uint64 full[kSlots], empty[kSlots];
   Ahead slots[2 * kSamplerWarps];
   Phase phases[4];  // this one, the next two, and the last, which some may still read
-  int code;
+  int code;         // of the last draw
+  int position;     // of the frame
+  uint32 turn;      // number of the frame
 };
 
 }  // namespace s1

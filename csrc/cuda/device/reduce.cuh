@@ -8,8 +8,8 @@ namespace s1 {
 constexpr int kWarp = 32;
 constexpr uint32 kAllLanes = 0xffffffffu;
 
-__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
-__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / kWarp; }
+__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x % kWarp); }
+__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x / kWarp); }
 
 // Over `kLanes` neighbouring lanes (a power of two), `kStride` apart; every lane gets the result.
 template <int kLanes = kWarp, int kStride = 1>

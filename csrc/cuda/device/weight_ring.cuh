@@ -1,23 +1,25 @@
 // A stream of weights through shared memory: one warp copies units in the order in which the others will want them,
 // across the borders of phases, and never waits for activations.
 //
-// A unit is two rows of 1024 16-bit weights. sm_90 and later: bulk copies that complete on an mbarrier.
+// A unit is 8 KB in one piece: four rows of 1024 16-bit weights. sm_90 and later: bulk copies that complete on an
+// mbarrier.
 #pragma once
 
 #include "vec.cuh"
 
 namespace s1 {
 
-constexpr int kUnitColumns = 1024;
-constexpr int kUnitBytes = 2 * kUnitColumns * 2;
+constexpr int kRowBytes = 1024 * 2;
+constexpr int kUnitRows = 4;
+constexpr int kUnitBytes = kUnitRows * kRowBytes;
 
 __device__ __forceinline__ uint32 shared_address(const void* p) {
   return static_cast<uint32>(__cvta_generic_to_shared(p));
 }
 
 #if S1_ARCH >= 900
-__device__ __forceinline__ void barrier_init(uint64* b) {
-  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(b)) : "memory");
+__device__ __forceinline__ void barrier_init(uint64* b, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
 }
 __device__ __forceinline__ void barrier_expect(uint64* b, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
@@ -43,7 +45,7 @@ __device__ __forceinline__ void barriers_visible() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 #else  // never launched there
-__device__ __forceinline__ void barrier_init(uint64*) {}
+__device__ __forceinline__ void barrier_init(uint64*, int) {}
 __device__ __forceinline__ void barrier_expect(uint64*, int) {}
 __device__ __forceinline__ void barrier_arrive(uint64*) {}
 __device__ __forceinline__ bool barrier_done(uint64*, uint32) { return true; }

@@ -5,6 +5,7 @@ Kernels of its own are csrc/cuda/decode_frame.cu; the rest are those of the ops.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields
 from typing import Any
 
@@ -34,6 +35,8 @@ from s1kernels.model.weights import LayerWeights, Weights
 from s1kernels.registry import implement
 from s1kernels.sampling import Rows
 
+logger = logging.getLogger("s1kernels")
+
 ATTENTION_OUTPUT = {
     (dim, group): Kernel(
         "decode_frame", f"attention_output_d{dim}_g{group}", block=256,
@@ -44,11 +47,12 @@ ATTENTION_OUTPUT = {
     for group in (1, 2, 4)
 }  # fmt: skip
 """(D, H/G) -> attention over a few positions and its projection, in one launch."""
-SOURCES = [
-    "attention_decode", "decode_frame", "embed_frame", "linear_residual", "qk_norm_rotary_append", "rms_norm",
-    "rms_norm_logits", "rms_norm_qkv", "rms_norm_swiglu", "sample_token", "swiglu",
+ALWAYS = ["advance", "embed_frame", "qk_norm_rotary_append", "rms_norm", "swiglu"]
+"""Sources of the kernels between frames and of a prompt."""
+FRAME_OF_OPS = [
+    "attention_decode", "decode_frame", "linear_residual", "rms_norm_logits", "rms_norm_qkv", "rms_norm_swiglu",
+    "sample_token",
 ]  # fmt: skip
-"""The kernels of a frame and of a prompt."""
 MOST_FAST_POSITIONS = 16  # that ATTENTION_OUTPUT looks back on
 
 
@@ -78,8 +82,11 @@ class Frame:
 
     def decoder(self, rows: Rows, cache: KVCache) -> FrameGraph:
         """What decodes frame after frame by replaying one CUDA graph. Its kernels are made ready now, side by side."""
-        sources = SOURCES if self.persistent else [*SOURCES, "persistent_frame"]
-        providers.prepare(sources, self.head.dtype, self.head.device)
+        kind = f"a graph of the ops' kernels: {self.persistent}" if self.persistent else "one persistent kernel"
+        logger.info("cuda: a frame is %s", kind)
+        providers.prepare(
+            [*ALWAYS, *(FRAME_OF_OPS if self.persistent else ["persistent_frame"])], self.head.dtype, self.head.device
+        )
         return FrameGraph(self, rows, cache)
 
     def __call__(

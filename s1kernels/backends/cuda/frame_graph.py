@@ -7,7 +7,6 @@ the host only replays and, some frames later, reads the codes: it never waits fo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,14 +18,14 @@ from s1kernels.backends.cuda.launch import Kernel, Launch, current_stream
 from s1kernels.backends.cuda.sample_token import Window
 from s1kernels.cache import KVCache
 from s1kernels.decoder import check_tokens, checked
-from s1kernels.registry import BackendError
 from s1kernels.sampling import WINDOW, Rows, Sampling
+from s1kernels.surfacing import surfacing
 
 if TYPE_CHECKING:
     from s1kernels.backends.cuda.decode_frame import Frame
 
 ADVANCE = Kernel(
-    "decode_frame", "advance", block=64, pointers="tokens codes position window index random",
+    "advance", "advance", block=64, pointers="tokens codes position window index random",
     ints="codebooks width fill_first random_numbers",
 )  # fmt: skip
 
@@ -86,7 +85,7 @@ class FrameGraph:
             if int(codes[0]) == ABANDONED:
                 raise RuntimeError(
                     f"decode_frame: the GPU gave up waiting for its own blocks in the replay, position "
-                    f"{position + received}; leave out persistent=True, and report it"
+                    f"{position + received}; pass persistent=False, and report it"
                 )
             checked(codes, position + received)
             generator.set_offset(generator.get_offset() + self._draws.numbers)
@@ -206,37 +205,6 @@ class FrameGraph:
                 f"make it by torch.Generator({str(self.device)!r})"
             )
         return generator
-
-
-@contextmanager
-def surfacing(stage: str) -> Iterator[None]:
-    """Say in which stage the GPU failed, and what to do about it."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        if str(error).startswith("decode_frame:"):
-            raise
-        raise torch.cuda.OutOfMemoryError(
-            f"decode_frame: out of GPU memory in the {stage}; free some, or go on unpatched: {error}"
-        ) from error
-    except RuntimeError as error:
-        told = isinstance(error, BackendError) or str(error).startswith("decode_frame:")
-        if told or "CUDA" not in str(error):
-            raise
-        if _goes_on():
-            advice = "The GPU goes on: unpatch the model, or patch it with graph=False"
-        else:
-            advice = "An error inside a kernel cannot be cleared; restart the process"
-        raise RuntimeError(f"decode_frame: the GPU failed in the {stage}: {error}. {advice}") from error
-
-
-def _goes_on() -> bool:
-    """Whether the GPU still takes work: an error inside a kernel stays for good, a refused launch does not."""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
 
 
 def _signed(seed: int) -> int:

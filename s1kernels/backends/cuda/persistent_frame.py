@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from s1kernels.model.config import DualARConfig, StackConfig
 from s1kernels.model.weights import LayerWeights, Weights
 
 BLOCKS, WIDTH, SPLITS, PASSES = 128, 1024, 16, 96
-SHARED_BYTES = 222_208  # sizeof(Shared<T>), rounded up
+SHARED_BYTES = 231_424  # sizeof(Shared<T>), rounded up
 MOST_LOGITS = 1280  # of a block
+SLOTS, UNIT_ROWS = 12, 4  # of the weight ring
 
 FRAME = Kernel(
-    "persistent_frame", "persistent_frame", block=416,
+    "persistent_frame", "persistent_frame", block=544,
     pointers="phases words passes parts abandoned turn tokens position text_embedding codebook_embedding "
     "fast_embedding caches norms cos_sin fast_cos_sin ids logit_bias window temperature top_p repetition_penalty top_k "
     "rng main_logits fast_logits out times",
@@ -35,7 +37,7 @@ PREPARE = Kernel("persistent_frame", "prepare_frame", block=256, pointers="words
 
 
 class Kind(IntEnum):
-    QKV, ATTEND, COMBINE, OUTPUT, SWIGLU, FAST_OUTPUT, HEAD, FAST_HEAD = range(8)
+    QKV, ATTEND, COMBINE, OUTPUT, SWIGLU, FAST_QKV, FAST_OUTPUT, HEAD, FAST_HEAD = range(9)
 
 
 class Source(IntEnum):
@@ -47,13 +49,12 @@ class Phase:
     """`Phase` of the kernel: what all blocks do between two exchanges."""
 
     kind: Kind
-    row_a: int = 0
-    row_b: int = 0
+    weight: int = 0
+    second: int = 0
     norm_weight: int = 0
-    stride: int = 0
-    pairs: int = 0
-    slices: int = 1
     rows: int = 0
+    share: int = 0
+    slices: int = 1
     source: Source = Source.WORDS
     given: int = 0
     out: int = 0
@@ -61,10 +62,18 @@ class Phase:
     layer: int = 0
     position: int = 0
 
-    def packed(self) -> bytes:
+    @property
+    def units(self) -> int:
+        """Of the weight ring, for each block."""
+        matrices = (self.weight != 0) + (self.second != 0)
+        return -(-self.share * self.slices * matrices // UNIT_ROWS)
+
+    def packed(self, first_unit: int) -> bytes:
+        """The struct's bytes, when that many units come before."""
+        turn, slot = divmod(first_unit, SLOTS)
         return struct.pack(
-            "<3Q12i", self.row_a, self.row_b, self.norm_weight, self.stride, self.pairs, self.slices, self.rows,
-            self.kind, self.source, self.given, self.out, self.vectors, self.layer, self.position, 0,
+            "<3Q14i", self.weight, self.second, self.norm_weight, self.rows, self.share, self.slices, self.kind,
+            self.source, self.given, self.out, self.vectors, self.layer, self.position, self.units, slot, turn % 2, 0,
         )  # fmt: skip
 
 
@@ -97,7 +106,6 @@ class Phases:
 
     def __init__(self, config: DualARConfig, weights: Weights, head: Tensor) -> None:
         self.config, self.list, self.words = config, [], 0
-        self.size = head.element_size()
         x = self._stack(config.slow, weights.slow, source=Source.TOKENS)
         self.list.append(self._matrix(Kind.HEAD, head, weights.norm, given=x))
         for i in range(1, config.codebooks):
@@ -112,7 +120,8 @@ class Phases:
             )
 
     def packed(self, device: torch.device) -> Tensor:
-        data = b"".join(phase.packed() for phase in self.list)
+        units = accumulate((phase.units for phase in self.list), initial=0)
+        data = b"".join(phase.packed(first) for phase, first in zip(self.list, units, strict=False))
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
 
     def _stack(
@@ -124,10 +133,8 @@ class Phases:
         for i, w in enumerate(layers):
             common: dict[str, Any] = dict(vectors=vectors, layer=i, position=position)
             qkv = self._room(vectors * stack.qkv_rows // 2)
-            begins = source if i == 0 else Source.WORDS
-            self.list.append(
-                self._matrix(Kind.QKV, w.wqkv, w.attention_norm, given=x, out=qkv, source=begins, **common)
-            )
+            kind, begins = Kind.QKV if slow else Kind.FAST_QKV, source if i == 0 else Source.WORDS
+            self.list.append(self._matrix(kind, w.wqkv, w.attention_norm, given=x, out=qkv, source=begins, **common))
             if slow:
                 attended, out = self._room(stack.heads * stack.head_dim // 2), self._room(half)
                 self.list.append(Phase(Kind.ATTEND, given=qkv, layer=i))
@@ -137,25 +144,22 @@ class Phases:
                 out = self._room(half)
                 self.list.append(self._matrix(Kind.FAST_OUTPUT, w.wo, None, given=qkv, out=out, **common))
             gated, x = self._room(vectors * stack.intermediate // 2), self._room(half)
-            self.list.append(
-                Phase(
-                    Kind.SWIGLU, w.w1.data_ptr(), w.w3.data_ptr(), w.ffn_norm.data_ptr(), WIDTH * self.size,
-                    stack.intermediate // BLOCKS, 1, 2 * stack.intermediate, given=out, out=gated, **common,
-                )
-            )  # fmt: skip
+            self.list.append(self._matrix(Kind.SWIGLU, w.w1, w.ffn_norm, second=w.w3, given=out, out=gated, **common))
             self.list.append(self._matrix(Kind.OUTPUT, w.w2, None, given=gated, out=x, **common))
         return x
 
     def _matrix(
         self, kind: Kind, weight: Tensor, norm_weight: Tensor | None, *, given: int, out: int = 0,
-        source: Source = Source.WORDS, vectors: int = 1, layer: int = 0, position: int = 0,
+        second: Tensor | None = None, source: Source = Source.WORDS, vectors: int = 1, layer: int = 0,
+        position: int = 0,
     ) -> Phase:  # fmt: skip
         rows, columns = weight.shape
-        pairs = -(-rows // (2 * BLOCKS))
+        address, second_address, norm_address = (
+            0 if t is None else t.data_ptr() for t in (weight, second, norm_weight)
+        )
         return Phase(
-            kind, weight.data_ptr(), weight.data_ptr() + columns * self.size,
-            0 if norm_weight is None else norm_weight.data_ptr(), 2 * columns * self.size, pairs, columns // WIDTH,
-            rows, source, given, out, vectors, layer, position,
+            kind, address, second_address, norm_address, rows, -(-rows // BLOCKS), columns // WIDTH, source, given, out,
+            vectors, layer, position,
         )  # fmt: skip
 
     def _room(self, words: int) -> int:
