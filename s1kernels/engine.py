@@ -18,6 +18,9 @@ from s1kernels.model.weights import Weights
 from s1kernels.sampling import WINDOW, Rows, Sampling
 from s1kernels.surfacing import surfacing
 
+PREFILL_FRAMES = 512
+"""Frames of a prompt that are read at a time, which bounds the memory that a long one takes."""
+
 
 class Engine:
     """Decodes one sequence with one model.
@@ -108,7 +111,9 @@ class Engine:
         check_tokens(tokens, self.config)
         self.cache.reserve(start + tokens.shape[0])
         with torch.inference_mode():
-            self._model.prefill(tokens, start, self.cache.k, self.cache.v)
+            for done in range(0, tokens.shape[0], PREFILL_FRAMES):
+                part = tokens[done : done + PREFILL_FRAMES]
+                self._model.prefill(part, start + done, self.cache.k, self.cache.v)
 
     def slow_step(self, frame: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """The slow transformer on one frame ([N+1, 1]): logits [1, Vt] float32 and hidden [1, C] for the fast one."""
