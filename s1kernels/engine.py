@@ -213,7 +213,7 @@ class Engine:
         cache = KVCache(self.config, self.weights.norm, first=1)
         program = OpsProgram(self._model, self.weights.head)
         trial = HostDecoder(self.config, self.all_rows, cache, program)
-        if whole:
+        if whole and (backend == "auto" or backend in registry.OPS["decode_frame"].impls):
             model = (self.weights.head, self.weights.flat(), self.config.to_json())
             frame = registry.choose("decode_frame", *trial.arguments(None), *model, backend=str(backend))
             if frame.bind is not None:

@@ -1,10 +1,15 @@
 """What every test relies on: the installed package is under test, and its native module loads if it was built."""
 
+import importlib.util
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run in Python; before they are defined
 
 import s1kernels
 from s1kernels import registry

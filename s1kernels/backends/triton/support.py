@@ -1,0 +1,68 @@
+"""Whether Triton can serve, what its kernels can take, and how they are launched."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OLDEST = (3, 2)
+"""The oldest release of Triton whose language the kernels keep to."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton reads this when a kernel is defined: then it runs in Python, on any device, and is for tests."""
+
+
+@cache
+def available() -> str | None:
+    """Why Triton cannot serve on this machine, or None."""
+    try:
+        import triton
+    except ImportError as error:
+        if not isinstance(error, ModuleNotFoundError) or error.name != "triton":
+            return f"Triton is broken: {error}; install it again"
+        return "Triton is not installed; pip install triton, on Windows triton-windows"
+    except Exception as error:  # whatever a broken package does when it is imported
+        return f"Triton is broken: {type(error).__name__}: {error}; install it again"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < OLDEST:
+        return f"Triton is {triton.__version__}; the kernels need {OLDEST[0]}.{OLDEST[1]} or later"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "there is no CUDA device; TRITON_INTERPRET=1 runs the kernels in Python, for tests"
+    return None
+
+
+def supports(*args: Any) -> str | None:
+    """Why the kernels cannot take these arguments, or None."""
+    for tensor in (arg for arg in args if isinstance(arg, Tensor)):
+        if tensor.device.type != "cuda" and not INTERPRETED:
+            return f"a tensor is on {tensor.device}; these kernels are for CUDA devices"
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            return f"a tensor is {tensor.dtype}; the kernels take float32, bfloat16 and float16"
+        on_gpu = tensor.device.type == "cuda"
+        if on_gpu and tensor.dtype == torch.bfloat16 and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+            return "bfloat16 needs a GPU of compute capability 8.0 or later; convert the model to float16"
+    return None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
+    """Enqueue a kernel on the device's current stream. An empty grid is nothing to do."""
+    if 0 in grid:
+        return
+    if device.type != "cuda":
+        kernel[grid](*args, **options)
+        return
+    with torch.cuda.device(device):
+        kernel[grid](*args, **options)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()
