@@ -2,12 +2,15 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from s1kernels import registry
 from s1kernels.cli import demo
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -90,3 +93,45 @@ def test_bench_frame_refuses_what_is_less_accurate(bench, run_frame, monkeypatch
     monkeypatch.setattr(frame.Bench, "startup", lambda self, cache: {})
     row = next(row for row in run_frame()["rows"] if row["name"] == "s1kernels")
     assert "is larger than upstream's" in row["refused"] and "seconds_per_frame" not in row
+
+
+def run_ops(tmp_path, *arguments):
+    """bench_ops.py as a command -> what it says, and its JSON."""
+    path = tmp_path / "ops.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(BENCH / "bench_ops.py"), "--device", "cpu",
+         "--benchmark-json", str(path), *arguments],
+        capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_bench_ops_side_by_side(tmp_path):
+    said, result = run_ops(tmp_path, "--dtype", "float32", "-k", "swiglu-minimal or s1_fast_last or rms_norm-odd")
+    rows = {(r["op"], r["case"], r["contender"]): r for r in (b["extra_info"] for b in result["benchmarks"])}
+    cases = {("swiglu", "minimal"), ("attention_decode", "s1_fast_last"), ("rms_norm", "odd")}
+    native = set() if registry.BACKENDS["cpu"]() else {"cpu"}
+    assert set(rows) == {(*case, name) for case in cases for name in {"eager", "library"} | native}
+    for row in rows.values():
+        assert row["gigabytes_per_second"] == pytest.approx(row["bytes"] / row["microseconds"] / 1e3)
+        assert row["percent_of_read_bandwidth"] > 0 and row["error"] < 1e-5 and row["copies"] >= 1
+    assert result["machine_info"]["provenance"]["torch"] == torch.__version__
+    for text in ("rms_norm", "s1_fast_last", "times faster than the library", "% of reads"):
+        assert text in said
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["a back end", "a library's call"])
+def test_bench_ops_refuses_to_time_what_is_wrong(bench, monkeypatch, ours):
+    ops, op = bench("bench_ops"), registry.OPS["swiglu"]
+
+    def wrong(gate, up, out):
+        out.copy_(torch.nn.functional.silu(gate) * up * 1.001)
+
+    monkeypatch.setitem(registry.BACKENDS, "planted", lambda: None)
+    monkeypatch.setitem(op.impls, "planted", registry.Impl("planted", wrong))
+    contender = ops.Contender(op, "planted", wrong, ours)
+    with pytest.raises(pytest.fail.Exception, match="refused, for it is wrong"):
+        ops.gate(contender, "odd", torch.float32, torch.device("cpu"))
+    honest = ops.Contender(op, "library", ops.LIBRARY["swiglu"], False)
+    assert ops.gate(honest, "odd", torch.float32, torch.device("cpu")) < 1e-6

@@ -1,0 +1,64 @@
+"""What the benches for pytest-benchmark share: options, the read bandwidth of this run, and where it was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import provenance
+import pytest
+import read_bandwidth
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("s1kernels")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    group.addoption("--device", default=default, help=f"torch device (default here: {default})")
+    group.addoption("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    group.addoption("--every-case", action="store_true", help="all cases of the contracts, not only S1-mini's shapes")
+    group.addoption("--compiled", action="store_true", help="torch.compile of the references too, which takes a while")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return getattr(torch, request.config.getoption("--dtype"))
+
+
+@pytest.fixture(scope="session")
+def ceiling(device: torch.device) -> float:
+    """GB/s that plain reads reach."""
+    return float(read_bandwidth.measure(device)["gigabytes_per_second"])
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["provenance"] = provenance.collect(torch.device(config.getoption("--device")))
+
+
+def pytest_terminal_summary(config: pytest.Config) -> None:
+    """One line a contender: what counts is the time of one call, and how much of the read bandwidth it is."""
+    rows = [bench.extra_info for bench in config._benchmarksession.benchmarks if "contender" in bench.extra_info]
+    if not rows:
+        return
+    table = Table(title="one call, arguments from memory")
+    for name in ("op", "case", "contender", "us", "GB/s", "% of reads", "times faster than the library", "error"):
+        table.add_column(name, justify="left" if name in ("op", "case", "contender") else "right")
+    library = {(r["op"], r["case"]): r["microseconds"] for r in rows if r["contender"] == "library"}
+    last = None
+    for row in sorted(rows, key=lambda r: (r["op"], r["case"], r["microseconds"])):
+        here = row["op"], row["case"]
+        if last not in (None, here):
+            table.add_section()
+        table.add_row(
+            *(here if here != last else ("", "")), row["contender"], f"{row['microseconds']:.1f}",
+            f"{row['gigabytes_per_second']:.1f}", f"{row['percent_of_read_bandwidth']:.0f}",
+            f"{library[here] / row['microseconds']:.2f}" if here in library else "", f"{row['error']:.0e}",
+        )  # fmt: skip
+        last = here
+    Console().print(table)
