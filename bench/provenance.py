@@ -26,7 +26,7 @@ def collect(device: torch.device) -> dict[str, Any]:
     build = build_info()
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *_arguments()]),
+        "command": " ".join([_program(), *_arguments()]),
         "commit": commit(),
         "s1kernels": s1kernels.__version__,
         "build": {
@@ -42,6 +42,11 @@ def collect(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": gpu_facts(device),
     }
+
+
+def _program() -> str:
+    path = Path(sys.argv[0])
+    return "pytest" if "pytest" in (path.name, path.parent.name) else f"python bench/{path.name}"
 
 
 def commit() -> str:
