@@ -43,10 +43,11 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """Keeps a result small: its rounds one by one, and what the processor can do, are left out."""
+    """Keeps a result small: without single rounds, texts of parameters, and what the processor can do."""
     output_json["machine_info"].get("cpu", {}).pop("flags", None)
     for bench in output_json["benchmarks"]:
         bench["stats"].pop("data", None)
+        bench.pop("params", None)
 
 
 def pytest_terminal_summary(config: pytest.Config) -> None:
@@ -54,19 +55,21 @@ def pytest_terminal_summary(config: pytest.Config) -> None:
     rows = [bench.extra_info for bench in config._benchmarksession.benchmarks if "contender" in bench.extra_info]
     if not rows:
         return
-    table = Table(title="one call, arguments from memory")
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for name in ("op", "case", "contender", "us", "GB/s", "% of reads", "x library", "error"):
-        table.add_column(name, justify="left" if name in ("op", "case", "contender") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("op", "case", "contender") else "right")
     library = {(r["op"], r["case"]): r["microseconds"] for r in rows if r["contender"] == "library"}
     last = None
     for row in sorted(rows, key=lambda r: (r["op"], r["case"], r["microseconds"])):
         here = row["op"], row["case"]
         if last not in (None, here):
-            table.add_section()
+            table.add_row()
         table.add_row(
             *(here if here != last else ("", "")), row["contender"], f"{row['microseconds']:.1f}",
             f"{row['gigabytes_per_second']:.1f}", f"{row['percent_of_read_bandwidth']:.0f}",
             f"{library[here] / row['microseconds']:.2f}" if here in library else "", f"{row['error']:.0e}",
         )  # fmt: skip
         last = here
-    Console().print(table)
+    console = Console()
+    console.print("One call, its arguments read from memory:")
+    console.print(table)
