@@ -101,7 +101,7 @@ def run_ops(tmp_path, *arguments):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(BENCH / "bench_ops.py"), "--device", "cpu",
          "--benchmark-json", str(path), *arguments],
-        capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, timeout=600,
+        capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, cwd=tmp_path, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(path.read_text(encoding="utf-8"))
