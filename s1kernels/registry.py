@@ -117,7 +117,7 @@ def choose(op_name: str, *args: Any, backend: str | None = None) -> Impl:
     wanted = choice(op_name) if backend in (None, "auto") else str(backend)
     if wanted != "auto":
         impl = OPS[op_name].impls.get(_known(wanted))
-        reason = impl.refusal(*args) if impl else f"it does not implement {op_name}"
+        reason = impl.refusal(*args) if impl else BACKENDS[wanted]() or f"it does not implement {op_name}"
         if impl is None or reason:
             raise BackendError(f"{op_name}: back end {wanted!r} cannot serve this call: {reason}")
         return impl
