@@ -71,14 +71,9 @@ LIBRARY: dict[str, Callable[..., Any]] = {
 
 def contenders(op: Op, device: str, compiled: bool) -> list[Contender]:
     """All that can compute an op on a device."""
-
-    def on(backend: str) -> Callable[..., None]:
-        impl = op.impls[backend]
-        return lambda *args: impl.run(*args)
-
     names = [name for name in op.impls if name != "reference" and _serves(name, device)]
-    found = [Contender(op, name, on(name), True) for name in names]
-    found.append(Contender(op, "eager", on("reference"), True))
+    found = [Contender(op, name, op.impls[name].run, True) for name in names]
+    found.append(Contender(op, "eager", op.impls["reference"].run, True))
     if op.name in LIBRARY:
         found.append(Contender(op, "library", LIBRARY[op.name], False))
     if compiled:
@@ -94,8 +89,7 @@ def contenders(op: Op, device: str, compiled: bool) -> list[Contender]:
 
 def _serves(backend: str, device: str) -> bool:
     """Whether a back end is usable and for this device. Triton's interpreter is no contender."""
-    home = {"cpu": "cpu"}.get(backend, "cuda")
-    return home == device and registry.BACKENDS[backend]() is None
+    return device == ("cpu" if backend == "cpu" else "cuda") and registry.BACKENDS[backend]() is None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

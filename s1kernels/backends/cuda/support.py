@@ -26,10 +26,17 @@ def supports(*args: Any) -> str | None:
     for tensor in tensors_of(args):
         if tensor.device.type != "cuda":
             return f"a tensor is on {tensor.device}; these kernels are for CUDA devices"
-        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
-            return f"a tensor is {tensor.dtype}; the kernels take float32, bfloat16 and float16"
-        if tensor.dtype == torch.bfloat16 and capability(tensor.device) < (8, 0):
-            return "bfloat16 needs a GPU of compute capability 8.0 or later; convert the model to float16"
+        if reason := unfit(tensor):
+            return reason
+    return None
+
+
+def unfit(tensor: Tensor) -> str | None:
+    """Why no kernel for GPUs takes the tensor's dtype where it is, or None."""
+    if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+        return f"a tensor is {tensor.dtype}; the kernels take float32, bfloat16 and float16"
+    if tensor.is_cuda and tensor.dtype == torch.bfloat16 and capability(tensor.device) < (8, 0):
+        return "bfloat16 needs a GPU of compute capability 8.0 or later; convert the model to float16"
     return None
 
 

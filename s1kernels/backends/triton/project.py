@@ -11,7 +11,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from s1kernels.backends.triton.support import INTERPRETED, ceil_div, power_of_2
+from s1kernels.backends.cuda.support import ceil_div
+from s1kernels.backends.triton.support import INTERPRETED, power_of_2
 
 MOST_ROWS = 8
 """Vectors that a program takes; more come in further programs, which read the weight again."""

@@ -13,8 +13,11 @@ MOST_COLUMNS = 4096  # that a program takes at a time
 
 
 @triton.jit
-def norm_row(out, x, weight, C, eps, BLOCK: tl.constexpr):
-    """out = rms_norm(x) of one row: once through it for the mean square, once more for the result."""
+def rms_norm_kernel(x, weight, out, C, eps, BLOCK: tl.constexpr):
+    """out = x / sqrt(mean(x^2) + eps) * weight. Mapping: a program has a row, and goes through it twice: for the mean
+    square and for the result."""
+    x += tl.program_id(0).to(tl.int64) * C
+    out += tl.program_id(0).to(tl.int64) * C
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, C, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -26,13 +29,6 @@ def norm_row(out, x, weight, C, eps, BLOCK: tl.constexpr):
         v = tl.load(x + at, mask=at < C, other=0.0).to(tl.float32)
         n = tl.load(weight + at, mask=at < C, other=0.0).to(tl.float32)
         tl.store(out + at, (v * scale * n).to(out.dtype.element_ty), mask=at < C)
-
-
-@triton.jit
-def rms_norm_kernel(x, weight, out, C, eps, BLOCK: tl.constexpr):
-    """out = x / sqrt(mean(x^2) + eps) * weight. Mapping: a program has a row."""
-    row = tl.program_id(0).to(tl.int64) * C
-    norm_row(out + row, x + row, weight, C, eps, BLOCK)
 
 
 @implement("rms_norm", backend="triton", supports=supports)

@@ -7,11 +7,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from s1kernels.backends.cuda import support as cuda
 
 OLDEST = (3, 2)
 """The oldest release of Triton whose language the kernels keep to."""
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton reads this when a kernel is defined: then it runs in Python, on any device, and is for tests."""
 
@@ -37,15 +37,9 @@ def available() -> str | None:
 
 def supports(*args: Any) -> str | None:
     """Why the kernels cannot take these arguments, or None."""
-    for tensor in (arg for arg in args if isinstance(arg, Tensor)):
-        if tensor.device.type != "cuda" and not INTERPRETED:
-            return f"a tensor is on {tensor.device}; these kernels are for CUDA devices"
-        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
-            return f"a tensor is {tensor.dtype}; the kernels take float32, bfloat16 and float16"
-        on_gpu = tensor.device.type == "cuda"
-        if on_gpu and tensor.dtype == torch.bfloat16 and torch.cuda.get_device_capability(tensor.device) < (8, 0):
-            return "bfloat16 needs a GPU of compute capability 8.0 or later; convert the model to float16"
-    return None
+    if not INTERPRETED:
+        return cuda.supports(*args)
+    return next((reason for tensor in cuda.tensors_of(args) if (reason := cuda.unfit(tensor))), None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
@@ -57,10 +51,6 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
         return
     with torch.cuda.device(device):
         kernel[grid](*args, **options)
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def power_of_2(n: int) -> int:

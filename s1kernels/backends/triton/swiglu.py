@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s1kernels.backends.triton.support import ceil_div, launch, supports
+from s1kernels.backends.cuda.support import ceil_div
+from s1kernels.backends.triton.support import launch, supports
 from s1kernels.registry import implement
 
 BLOCK = 1024
