@@ -30,12 +30,13 @@ MODELS = {
     "fast_paths_2.0": dataclasses.replace(FAST_PATHS, **LINE_2),
     "many_tokens": dataclasses.replace(CONFIG, vocab_size=7001),  # drawn by more than one block
     "s1_mini": dataclasses.replace(
-        CONFIG, vocab_size=5000, codebook_size=1024, semantic_begin=3000, semantic_end=4023,
+        CONFIG, vocab_size=5000, codebook_size=1024, semantic_begin=3000, semantic_end=4023, max_positions=3000,
         slow=StackConfig(layers=2, dim=1024, heads=16, kv_heads=8, head_dim=128, intermediate=1024, qk_norm=True),
         fast=StackConfig(layers=1, dim=1024, heads=16, kv_heads=8, head_dim=64, intermediate=1024),
     ),  # S1-mini's widths, few layers
     "s1_mini_heads": dataclasses.replace(
         CONFIG, vocab_size=155_776, codebooks=10, codebook_size=4096, semantic_begin=151_678, semantic_end=155_773,
+        max_positions=3000,
         slow=StackConfig(layers=3, dim=1024, heads=16, kv_heads=8, head_dim=128, intermediate=3072, qk_norm=True),
         fast=StackConfig(layers=4, dim=1024, heads=16, kv_heads=8, head_dim=64, intermediate=3072),
     ),  # all of it but most of the slow layers

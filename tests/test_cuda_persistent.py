@@ -28,22 +28,29 @@ def served():
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_its_logits_are_those_of_the_ops_kernels(name, dtype, constrained):
-    """Frame by frame from the same tokens and windows; positions on both sides of what one step of a block reads. Truth
-    is float32's, for which both kinds of kernels have to be as near."""
+    """Frame by frame from the same tokens and windows; positions on both sides of what one step of a block reads and of
+    what it keeps in shared memory. Truth is float32's, for which both kinds of kernels have to be as near. The fast
+    logits are those of the token that was drawn: where the logits' rounding makes a draw another, there is no truth."""
     one, many = (engine(name, dtype, p, constrained=constrained) for p in (True, False))
     assert one.decoder.frame.persistent is None and many.decoder.frame.persistent
     exact = without(Engine(one.config, one.weights.to(torch.float32), constrained=constrained))
-    text = prompt(name, 600, "cuda")
+    text = prompt(name, 2900, "cuda")
     window = torch.randint(0, 1024, (text.shape[0], 16), dtype=torch.int32, device="cuda")
-    for t in (1, 2, 15, 16, 17, 255, 256, 257, 511, 512, 599):
+    others = 0
+    for t in (1, 2, 15, 16, 17, 255, 256, 257, 511, 512, 599, 2559, 2560, 2899):
+        drawn = set()
         for e in (one, many, exact):
             e.prefill(text[:, :t])
-            e.step(text[:, t : t + 1], t, SAMPLED, window, torch.Generator("cuda").manual_seed(t))
+            codes = e.step(text[:, t : t + 1], t, SAMPLED, window, torch.Generator("cuda").manual_seed(t))
+            drawn.add(int(codes[0]))
         of_one, of_many, truth = (
-            (e.main_logits, e.fast_logits[:, :1], torch.stack(e.cache.k)[:, 0, :, t]) for e in (one, many, exact)
+            (e.main_logits, torch.stack(e.cache.k)[:, 0, :, t], e.fast_logits[:, :1]) for e in (one, many, exact)
         )
-        for value, other, true in zip(of_one, of_many, truth, strict=True):
+        compared = slice(3 if len(drawn) == 1 else 2)
+        others += len(drawn) > 1
+        for value, other, true in zip(of_one[compared], of_many[compared], truth[compared], strict=True):
             assert rel_error(value, true) < max(LIMIT[dtype], 1.2 * rel_error(other, true)), t
+    assert others <= 2
     assert one.decoder.kernels == 3
 
 

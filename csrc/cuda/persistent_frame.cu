@@ -27,24 +27,23 @@ struct PersistentFrame : FrameDraws<T> {
   __device__ __forceinline__ void fetch_phase(int p) {
     constexpr int kPieces = sizeof(Phase) / 8;
     if (p >= a.phase_count || warp_id() != kWorkers - 1 || lane_id() >= kPieces) return;
-    copy_async8(reinterpret_cast<uint64*>(&s.phases[p % 4]) + lane_id(),
+    copy_async8(reinterpret_cast<uint64*>(&s.phases[p % 8]) + lane_id(),
                 reinterpret_cast<const uint64*>(a.phases + p) + lane_id());
   }
 
   __device__ void run() {
     for (int i = threadIdx.x; i < min(a.codebooks, kPlaces) * kFastDim; i += kWorkers * 32)
       (&s.angles[0][0])[i] = static_cast<const T*>(a.fast_cos_sin)[i];
-    fetch_phase(0);
-    fetch_phase(1);
+    for (int p = 0; p < 3; ++p) fetch_phase(p);
     copies_done();
     sync_workers();
     for (int p = 0; p < a.phase_count; ++p) {
-      const Phase& f = s.phases[p % 4];
+      const Phase& f = s.phases[p % 8];
       const int half = p % 2;
-      if (a.times && blockIdx.x == 0 && threadIdx.x == 0) a.times[p] = nanoseconds();
-      copies_done();  // of phase p + 1, which the barriers of this one show to all
-      fetch_phase(p + 2);
+      copies_done();  // of phase p + 2, which the barriers of this one or the next show to all
+      fetch_phase(p + 3);
       this->read_thread();
+      if (a.times && this->thread == 0 && this->block() == 0) a.times[p] = nanoseconds();
       this->begun = static_cast<uint32>(clock64());
       switch (f.kind) {
         case kQkv:
@@ -57,7 +56,7 @@ struct PersistentFrame : FrameDraws<T> {
           this->combine(f);
           break;
         case kOutput:
-          this->output(f);
+          this->output(f, half);
           break;
         case kSwiglu:
           this->swiglu(f, half);
@@ -66,7 +65,7 @@ struct PersistentFrame : FrameDraws<T> {
           this->template qkv<2>(f, half);
           break;
         case kFastOutput:
-          this->fast_output(f);
+          this->fast_output(f, half);
           break;
         case kHead:
           this->head(f, half);
@@ -112,9 +111,11 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
       barrier_init(s.full + i, 1);
       barrier_init(s.empty + i, kWorkers);
     }
+    barrier_init(&s.past_full, 1);
     barriers_visible();
     s.position = *a.position;
     s.turn = *a.turn;
+    PersistentFrame<T>::copy_past(a, s, 0);
   }
   __syncthreads();
   if (warp_id() == kWorkers) {

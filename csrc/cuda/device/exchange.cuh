@@ -32,6 +32,10 @@ __device__ __forceinline__ uint2 peek2(const uint32* at) {
   return v;
 }
 
+__device__ __forceinline__ bool any_empty(const Vec16& v) {
+  return v.word[0] == kEmpty || v.word[1] == kEmpty || v.word[2] == kEmpty || v.word[3] == kEmpty;
+}
+
 // A reader's patience.
 struct Waiting {
   int* abandoned;  // global: set once any reader has given up
@@ -45,13 +49,19 @@ struct Waiting {
     given_up = *static_cast<volatile int*>(abandoned) != 0;
     return !given_up;
   }
+  // kCount times four words, `step` words apart.
+  template <int kCount>
+  __device__ __forceinline__ void take4s(const uint32* at, int step, Vec16 (&v)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v[i] = peek4(at + i * step);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      for (int n = 0; any_empty(v[i]) && again(n); ++n) v[i] = peek4(at + i * step);
+  }
   __device__ __forceinline__ Vec16 take4(const uint32* at) {
-    Vec16 v = peek4(at);
-    for (int n = 0; v.word[0] == kEmpty || v.word[1] == kEmpty || v.word[2] == kEmpty || v.word[3] == kEmpty; ++n) {
-      if (!again(n)) break;
-      v = peek4(at);
-    }
-    return v;
+    Vec16 v[1];
+    take4s(at, 0, v);
+    return v[0];
   }
   __device__ __forceinline__ uint2 take2(const uint32* at) {
     uint2 v = peek2(at);

@@ -22,21 +22,55 @@ struct FrameAttention : FrameProjections<T> {
     return ceil_div(ceil_div(length, kSplits), kChunkStep) * kChunkStep;
   }
 
-  // Slow attention, first half: this block has a sixteenth of the positions of one key/value head.
+  // This block's share of the positions of a slow head.
+  struct Share {
+    int head, split, length, chunk, begin, end;
+
+    __device__ __forceinline__ explicit Share(int position) {
+      const int block = Base::block();
+      head = block / kSplits;
+      split = block % kSplits;
+      length = position + 1;
+      chunk = chunk_of(length);
+      begin = split * chunk;
+      end = min(begin + chunk, length);
+    }
+    // Of the head's keys (side 0) or values (side 1) in a layer's cache.
+    __device__ __forceinline__ T* rows(const PersistentFrameArgs& a, int layer, int side) const {
+      return reinterpret_cast<T*>(a.caches[2 * layer + side]) + static_cast<int64>(head) * a.capacity * kSlowDim;
+    }
+  };
+
+  // Starts to copy the keys and values that a layer will want, the frame's own but for. One thread.
+  static __device__ __forceinline__ void copy_past(const PersistentFrameArgs& a, Shared<T>& s, int layer) {
+    if (layer >= a.slow_layers) return;
+    const Share mine(s.position);
+    const int rows = max(0, min(min(mine.end, s.position) - mine.begin, kNear));
+    const int bytes = rows * kSlowDim * static_cast<int>(sizeof(T));
+    barrier_expect(&s.past_full, 2 * bytes);
+    if (rows == 0) return;
+    for (int side = 0; side < 2; ++side)
+      bulk_copy(s.past[side], mine.rows(a, layer, side) + static_cast<int64>(mine.begin) * kSlowDim, bytes,
+                &s.past_full);
+  }
+
+  // Slow attention, first half: this block has a sixteenth of the positions of one key/value head. The first kNear of
+  // them have been copied to shared memory since the layer before.
   __device__ __forceinline__ void attend(const Phase& f) {
-    using Part = Positions<T, kSlowDim, kWorkers, 1>;
+    constexpr int kHeadWarps = kWorkers / 2;  // of a query head
+    using Part = Positions<T, kSlowDim, kHeadWarps, 2>;
     using Head = HeadLanes<kSlowDim>;
-    const int g = blockIdx.x / kSplits, split = blockIdx.x % kSplits, warp = this->warp(), lane = this->lane();
-    const int here = s.position, length = here + 1;
-    const int chunk = chunk_of(length), begin = split * chunk;
-    const bool last = here >= begin && here < begin + chunk;
-    const int64 cache = static_cast<int64>(g) * a.capacity * kSlowDim;
+    static_assert(kNear % Part::kBlock == 0, "");
+    const int warp = this->warp(), lane = this->lane(), here = s.position;
+    const Share mine(here);
+    const int g = mine.head, begin = mine.begin, length = mine.length;
+    const bool last = here >= begin && here < begin + mine.chunk;
     Part p;
-    p.k_row = reinterpret_cast<T*>(a.caches[2 * f.layer]) + cache;
-    p.v_row = reinterpret_cast<T*>(a.caches[2 * f.layer + 1]) + cache;
-    p.end = min(begin + chunk, length);
+    p.k_row = mine.rows(a, f.layer, 0);
+    p.v_row = mine.rows(a, f.layer, 1);
+    p.end = mine.end;
     p.stored = min(p.end, here);
-    p.load(begin);
+    p.load(begin + kNear);
     if (warp < 4 && begin < length && (warp < 2 || last)) {
       // A warp a vector: two query heads, the key, the value. A lane has four elements.
       const int heads = 2 * (kBlocks / kSplits), row = warp < 2 ? 2 * g + warp : heads + (warp - 2) * (heads / 2) + g;
@@ -70,60 +104,68 @@ struct FrameAttention : FrameProjections<T> {
       }
     }
     sync_workers();
-    if (begin + warp * Head::kSlots < p.end) {
-      float q[2][8];
+    if (begin < length) {
+      float q[8];
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int e = 0; e < 8; ++e) q[h][e] = s.query[h][Head::column() + e];
-      SoftmaxSum sums[2];
-      sums[0].clear();
-      sums[1].clear();
-#pragma unroll 1
-      for (int start = begin; start < p.end; start += Part::kBlock) {
-        float score[2][Part::kLoads];
+      for (int e = 0; e < 8; ++e) q[e] = s.query[warp / kHeadWarps][Head::column() + e];
+      SoftmaxSum sum;
+      sum.clear();
+      const auto add = [&](int start, const Vec16(&k)[Part::kLoads], const Vec16(&v)[Part::kLoads]) {
+        float score[Part::kLoads];
 #pragma unroll
         for (int i = 0; i < Part::kLoads; ++i) {
-          if (p.of(start, i) == here) {
-            p.k[i] = load_vec(s.fresh[0] + Head::column());
-            p.v[i] = load_vec(s.fresh[1] + Head::column());
-          }
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const float x = head_dot<T, kSlowDim>(q[h], p.k[i]);
-            score[h][i] = p.of(start, i) < p.end ? x : -infinity();
-          }
+          const float x = head_dot<T, kSlowDim>(q, k[i]);
+          score[i] = p.of(start, i) < p.end ? x : -infinity();
         }
-        sums[0].template add<T>(score[0], p.v);
-        sums[1].template add<T>(score[1], p.v);
+        sum.template add<T>(score, v);
+      };
+      barrier_wait(&s.past_full, f.layer % 2);
+#pragma unroll 1
+      for (int start = begin; start < min(p.end, begin + kNear); start += Part::kBlock) {
+        Vec16 k[Part::kLoads], v[Part::kLoads];
+#pragma unroll
+        for (int i = 0; i < Part::kLoads; ++i) {
+          const int at = p.of(start, i);
+          k[i] = load_vec((at == here ? s.fresh[0] : s.past[0][at - begin]) + Head::column());
+          v[i] = load_vec((at == here ? s.fresh[1] : s.past[1][at - begin]) + Head::column());
+        }
+        add(start, k, v);
+      }
+#pragma unroll 1
+      for (int start = begin + kNear; start < p.end; start += Part::kBlock) {
+#pragma unroll
+        for (int i = 0; i < Part::kLoads; ++i) {
+          if (p.of(start, i) != here) continue;
+          p.k[i] = load_vec(s.fresh[0] + Head::column());
+          p.v[i] = load_vec(s.fresh[1] + Head::column());
+        }
+        add(start, p.k, p.v);
         p.load(start + Part::kBlock);
       }
+      sum.template merge_slots<Head::kLanes>();
+      if (Head::slot() == 0) {
+        float* to = s.merged[warp];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        sums[h].template merge_slots<Head::kLanes>();
-        if (Head::slot() != 0) continue;
-        float* to = s.merged[warp][h];
-#pragma unroll
-        for (int e = 0; e < 8; ++e) to[Head::column() + e] = sums[h].value[e];
+        for (int e = 0; e < 8; ++e) to[Head::column() + e] = sum.value[e];
         if (Head::column() == 0) {
-          to[kSlowDim] = sums[h].total;
-          to[kSlowDim + 1] = sums[h].top;
+          to[kSlowDim] = sum.total;
+          to[kSlowDim + 1] = sum.top;
         }
       }
     }
     sync_workers();
-    const int i = thread;
-    if (begin >= length || i >= 2 * kSlowDim) return;
-    const int h = i / kSlowDim, d = i % kSlowDim;
-    const int used = min(kWorkers, ceil_div(p.end - begin, Head::kSlots));  // warps that had positions
+    if (thread == kWorkers * 32 - 1) copy_past(a, s, f.layer + 1);
+    if (begin >= length || thread >= 2 * kSlowDim) return;
+    const int h = thread / kSlowDim, d = thread % kSlowDim;
+    const auto& parts = *reinterpret_cast<const float (*)[kHeadWarps][kSlowDim + 2]>(s.merged[h * kHeadWarps]);
     float top = -infinity(), total = 0.0f, value = 0.0f;
-#pragma unroll 4
-    for (int w = 0; w < used; ++w) top = fmaxf(top, s.merged[w][h][kSlowDim + 1]);
-#pragma unroll 4
-    for (int w = 0; w < used; ++w) {
-      const float weight = exp2f(s.merged[w][h][kSlowDim + 1] - top);
-      total = fmaf(weight, s.merged[w][h][kSlowDim], total);
-      value = fmaf(weight, s.merged[w][h][d], value);
+#pragma unroll
+    for (int w = 0; w < kHeadWarps; ++w) top = fmaxf(top, parts[w][kSlowDim + 1]);
+#pragma unroll
+    for (int w = 0; w < kHeadWarps; ++w) {
+      const float weight = exp2f(parts[w][kSlowDim + 1] - top);
+      total = fmaf(weight, parts[w][kSlowDim], total);
+      value = fmaf(weight, parts[w][d], value);
     }
     uint32* to = a.parts + (static_cast<int>(blockIdx.x) * kPartWords + h * (kSlowDim + 2)) * 2;
     put_tagged(to + d * 2, value, tag(f));
@@ -159,29 +201,39 @@ struct FrameAttention : FrameProjections<T> {
     if (part == 0) put_word(a.words + f.out + ((2 * g + h) * kSlowDim + first) / 2, pack<T>(low / total, high / total));
   }
 
-  // A projection of staged words back into the residual stream.
-  __device__ __forceinline__ void output(const Phase& f) {
-    const auto stage = [&] { stage_words(f, f.slices * (kWidth / 2)); };
-    T* x = reinterpret_cast<T*>(s.stage);
+  // A projection back into the residual stream.
+  __device__ __forceinline__ void output(const Phase& f, int half) {
     switch (f.slices) {
       case 1:
-        return this->template project_residual<1, false>(f, x, stage);
+        return output<1>(f, half);
       case 2:
-        return this->template project_residual<2, false>(f, x, stage);
+        return output<2>(f, half);
       default:
-        return this->template project_residual<3, false>(f, x, stage);
+        return output<3>(f, half);
     }
+  }
+
+  template <int kSlices>
+  __device__ __forceinline__ void output(const Phase& f, int half) {
+    this->template project_residual<kSlices, false>(f, half, [&](Vec16(&x)[kSlices]) {
+      const int vector = this->part_is_there(f) ? this->part_vector() : 0;
+      const int column = (vector * kWidth + warp() * 64) * kSlices + this->part_column();
+      before_polls();
+      waiting.take4s(a.words + f.in + column / 2, 32, x);
+    });
   }
 
   // Fast attention, by every block alike, and its projection. While the inputs are on their way, the first layer draws
   // the noise of the code that will come of them.
-  __device__ __forceinline__ void fast_output(const Phase& f) {
+  __device__ __forceinline__ void fast_output(const Phase& f, int half) {
     T* attended = reinterpret_cast<T*>(s.stage) + 2 * kFastQkvRows;
     if (f.layer == 0) draw_noise(f.position + f.vectors);
-    this->template project_residual<1, true>(f, attended, [&] {
+    this->template project_residual<1, true>(f, half, [&](Vec16(&x)[1]) {
       stage_words(f, kFastQkvRows / 2);
       sync_workers();
       fast_attention(f, attended);
+      sync_workers();
+      x[0] = load_vec(attended + (this->part_vector() * kWidth + warp() * 64 + this->part_column()));
     });
   }
 

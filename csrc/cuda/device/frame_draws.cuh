@@ -19,7 +19,6 @@ struct FrameDraws : FrameAttention<T> {
   using Base::lane;
   using Base::norm_scale;
   using Base::s;
-  using Base::stage_normed;
   using Base::thread;
   using Base::total;
   using Base::waiting;
@@ -37,21 +36,19 @@ struct FrameDraws : FrameAttention<T> {
     constexpr int kRows = 2 * kTileRows, kUnits = kRows / kUnitRows;
     const int first = first_row(f), count = rows_here(f);
     prepare_rows(first, count);
-    stage_normed(f, half);
-    sync_workers();
-    const Vec16 x = this->operand(this->staged(1), warp() * 64);
+    const Vec16 x = this->normed_operand(f, half);
     RingCursor<kSlots> at{f.slot, f.parity};
     for (int step = 0; step * kRows < f.share; ++step, at.advance(kUnits)) {
       const int units = min(kUnits, f.units - step * kUnits), to = step % 2 * kRows;
       typename Base::template Held<2> held;
       this->await(at, units);
-      held.template load<0, 2>(*this, at.slot, this->tile_row(), kTileRows * kRowBytes);
+      held.load(*this, at.slot, this->tile_row(), kTileRows * kRowBytes);
       this->release(at, units);
-      this->multiply_tiles(held, x, 1, to);
+      this->multiply_tiles(held, x, 1, half, to);
       sync_workers();
       const int row = step * kRows + lane();
       if (warp() == step % kWorkers && lane() < kRows && row < count)
-        take_logit(first, row, total(0, to + lane()) * norm_scale(half, 0));
+        take_logit(first, row, total(half, 0, to + lane()) * norm_scale(half, 0));
     }
     sync_workers();
     draw(f, [&] { return draw_main(first, count); });
@@ -61,7 +58,7 @@ struct FrameDraws : FrameAttention<T> {
   __device__ __forceinline__ void fast_head(const Phase& f, int half) {
     this->template project_normed<1>(f, half);
     if (warp() == kWorkers - 1 && lane() < kTileRows)
-      put_logit(f, first_row(f) + lane(), total(0, lane()) * norm_scale(half, 0));
+      put_logit(f, first_row(f) + lane(), total(half, 0, lane()) * norm_scale(half, 0));
     draw(f, [&] { return draw_code(f); });
   }
 
@@ -107,7 +104,8 @@ struct FrameDraws : FrameAttention<T> {
 
   // Merges what all blocks found in a pass, in all of them alike.
   __device__ __forceinline__ Ahead exchange(int pass, const Ahead& mine, WorkerMerger& merge) {
-    uint32* slot = a.passes + (static_cast<int64>(pass) * kBlocks + blockIdx.x) * 8;
+    uint32* all = a.passes + static_cast<int64>(pass) * kBlocks * 8;
+    uint32* slot = all + this->block() * 8;
     if (thread == 0) {
       put_float(slot, mine.mass);
       put_word(slot + 1, static_cast<uint32>(mine.count));
@@ -118,7 +116,7 @@ struct FrameDraws : FrameAttention<T> {
     }
     Ahead found = nothing();
     if (thread < kBlocks) {
-      const uint32* from = slot + (thread - static_cast<int>(blockIdx.x)) * 8;
+      const uint32* from = all + thread * 8;
       const Vec16 x = waiting.take4(from);
       const uint2 y = waiting.take2(from + 4);
       found = {__uint_as_float(x.word[0]),

@@ -4,7 +4,9 @@
 // of all tiles; the warps' sums meet in shared memory. An mma takes 64 columns of a tile: its operand rows 0 to 7 are
 // 32 of them and rows 8 to 15 the other 32, its eight operand columns are the two halves of x, of up to two vectors, of
 // the high part (x rounded to T) and the low part (what that left). Half of the results are of no use, in exchange for
-// 16-byte loads without bank conflicts: lanes of odd rows take the halves in the other order.
+// 16-byte loads without bank conflicts: lanes of odd rows take the halves in the other order. A warp polls for the
+// words of its own columns, lanes for those of their part of the operand, so that no warp waits for another before the
+// sums.
 #pragma once
 
 #include "frame_state.cuh"
@@ -55,6 +57,12 @@ struct FrameProjections {
   // Before a phase or a step of it. The compiler must not know that `thread` stays the same: it would keep all that
   // follows from it, in registers that there are not.
   __device__ __forceinline__ void read_thread() { asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread)); }
+  // blockIdx.x, for the same reason.
+  static __device__ __forceinline__ int block() {
+    int block;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    return block;
+  }
 
   // Waits for units of the ring.
   __device__ __forceinline__ void await(RingCursor<kSlots> at, int units) const {
@@ -75,14 +83,13 @@ struct FrameProjections {
   struct Held {
     Vec16 first[kCount], second[kCount];  // 8 of the first 32 columns and of the other; reversed in odd rows
 
-    // Those from number kFrom to kTo. `row` is the offset of this lane's row in the units from slot `slot` on, `step`
-    // from one number to the next.
-    template <int kFrom, int kTo>
+    // `row` is the offset of this lane's row in the units from slot `slot` on, `step` from one of the count to the
+    // next.
     __device__ __forceinline__ void load(const FrameProjections& frame, int slot, int row, int step) {
       const int other = frame.lane() / 4 % 2 ? -64 : 64;
       const int start = slot * kUnitBytes + row + frame.lane() % 4 * 16 + (64 - other) / 2;
 #pragma unroll
-      for (int i = kFrom; i < kTo; ++i) {
+      for (int i = 0; i < kCount; ++i) {
         int at = start + i * step;
         if (at >= kSlots * kUnitBytes) at -= kSlots * kUnitBytes;
         first[i] = load_vec(frame.s.ring + at);
@@ -100,20 +107,17 @@ struct FrameProjections {
     return lane() / 4 % 2 ? sum[1] + sum[2] : sum[0] + sum[3];
   }
 
-  // This lane's part of x for 64 columns, as an operand.
-  __device__ __forceinline__ Vec16 operand(const Staged<T>& x, int column) const {
-    const int n = lane() / 4;
-    return x.load(n / 2 % 2 != 0, n / 4, column + n % 2 * 32 + lane() % 4 * 8);
-  }
-  __device__ __forceinline__ Staged<T> staged(int vectors) const {
-    return {reinterpret_cast<T*>(s.stage), vectors, kWidth, true};
-  }
+  // This lane's part of an operand of 64 columns: of which vector, which eight columns, high or low part.
+  __device__ __forceinline__ int part_vector() const { return lane() / 16; }
+  __device__ __forceinline__ int part_column() const { return lane() / 4 % 2 * 32 + lane() % 4 * 8; }
+  __device__ __forceinline__ bool part_is_low() const { return lane() / 8 % 2 != 0; }
+  __device__ __forceinline__ bool part_is_there(const Phase& f) const { return part_vector() < f.vectors; }
 
   // A result, when all warps have left their sums.
-  __device__ __forceinline__ float total(int vector, int row) const {
+  __device__ __forceinline__ float total(int half, int vector, int row) const {
     float y[4];
 #pragma unroll
-    for (int w = 0; w < kWorkers; ++w) y[w % 4] = (w < 4 ? 0.0f : y[w % 4]) + s.partial[w][vector][row];
+    for (int w = 0; w < kWorkers; ++w) y[w % 4] = (w < 4 ? 0.0f : y[w % 4]) + s.partial[half][w][vector][row];
     return (y[0] + y[1]) + (y[2] + y[3]);
   }
 
@@ -122,7 +126,8 @@ struct FrameProjections {
 
   // Tiles times normalised vectors; the sums go to `to` and on.
   template <int kTiles>
-  __device__ __forceinline__ void multiply_tiles(const Held<kTiles>& held, const Vec16& x, int vectors, int to) {
+  __device__ __forceinline__ void multiply_tiles(const Held<kTiles>& held, const Vec16& x, int vectors, int half,
+                                                 int to) {
     float y[kTiles];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
@@ -135,7 +140,7 @@ struct FrameProjections {
     const int vector = lane() % 4 / 2;
     if (lane() % 2 != 0 || vector >= vectors) return;
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) s.partial[warp()][vector][to + i * kTileRows + lane() / 4] = y[i];
+    for (int i = 0; i < kTiles; ++i) s.partial[half][warp()][vector][to + i * kTileRows + lane() / 4] = y[i];
   }
 
   // A phase of kTiles tiles on normalised vectors: total() of a row, times norm_scale(), is its result.
@@ -143,49 +148,50 @@ struct FrameProjections {
   __device__ __forceinline__ void project_normed(const Phase& f, int half) {
     constexpr int kStep = kTileRows * kRowBytes, kEarly = kTiles < kEarlyTiles ? kTiles : kEarlyTiles;
     const RingCursor<kSlots> at{f.slot, f.parity};
-    Held<kTiles> held;
+    Held<kEarly> early;
     await(at, 2 * kEarly);
-    held.template load<0, kEarly>(*this, at.slot, tile_row(), kStep);
+    early.load(*this, at.slot, tile_row(), kStep);
     release(at, 2 * kEarly);
-    stage_normed(f, half);
-    sync_workers();
+    const Vec16 x = normed_operand(f, half);
+    read_thread();
+    multiply_tiles(early, x, f.vectors, half, 0);
     if constexpr (kEarly < kTiles) {
+      constexpr int kRest = kTiles - kEarly;
       const RingCursor<kSlots> rest = at.ahead(2 * kEarly);
-      await(rest, 2 * (kTiles - kEarly));
-      held.template load<kEarly, kTiles>(*this, at.slot, tile_row(), kStep);
-      release(rest, 2 * (kTiles - kEarly));
+      Held<kRest> late;
+      await(rest, 2 * kRest);
+      late.load(*this, rest.slot, tile_row(), kStep);
+      release(rest, 2 * kRest);
+      multiply_tiles(late, x, f.vectors, half, kEarly * kTileRows);
     }
-    multiply_tiles(held, operand(staged(f.vectors), warp() * 64), f.vectors, 0);
     sync_workers();
   }
 
-  // A phase of one tile, kSlices * 1024 columns wide, on vectors as they are, from `x` on when stage() has put them
-  // there: its 8 rows are added to the residual stream. If stage() needs the registers, the weights come later.
-  template <int kSlices, bool kLate, class Stage>
-  __device__ __forceinline__ void project_residual(const Phase& f, T* x, Stage stage) {
-    constexpr int kColumns = kSlices * kWidth;
-    const int mine = warp() * kSlices * 64;  // of the columns
+  // A phase of one tile, kSlices * 1024 columns wide, on vectors as they are, which operands() gets for this warp's
+  // columns: its 8 rows are added to the residual stream. If operands() needs the registers, the weights come later.
+  template <int kSlices, bool kLate, class Operands>
+  __device__ __forceinline__ void project_residual(const Phase& f, int half, Operands operands) {
     const RingCursor<kSlots> at{f.slot, f.parity};
     Held<kSlices> held;
-    if constexpr (kLate) stage();
+    Vec16 x[kSlices];
+    if constexpr (kLate) operands(x);
     await(at, 2 * kSlices);
-    held.template load<0, kSlices>(*this, at.slot, (lane() / 4 * kColumns + mine) * 2, 128);
+    held.load(*this, at.slot, (lane() / 4 * kSlices * kWidth + warp() * kSlices * 64) * 2, 128);
     release(at, 2 * kSlices);
-    if constexpr (!kLate) stage();
-    sync_workers();
-    const Staged<T> staged{x, f.vectors, kColumns, false};
+    if constexpr (!kLate) operands(x);
+    read_thread();
     float y = 0.0f;
 #pragma unroll
     for (int i = 0; i < kSlices; ++i) {
       float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-      held.multiply(sum, i, operand(staged, mine + i * 64));
+      held.multiply(sum, i, part_is_there(f) && !part_is_low() ? x[i] : Vec16{});
       y += result(sum);
     }
-    if (lane() % 2 == 0 && lane() % 4 / 2 < f.vectors) s.partial[warp()][lane() % 4 / 2][lane() / 4] = y;
+    if (lane() % 2 == 0 && lane() % 4 / 2 < f.vectors) s.partial[half][warp()][lane() % 4 / 2][lane() / 4] = y;
     sync_workers();
     const int vector = lane() / kOwnRows, row = lane() % kOwnRows;
     if (warp() != 0 || vector >= f.vectors) return;
-    y = rounded<T>(s.own[vector][row] + total(vector, row));
+    y = rounded<T>(s.own[vector][row] + total(half, vector, row));
     s.own[vector][row] = y;
     put_pair(f, vector, row, y);
   }
@@ -201,12 +207,16 @@ struct FrameProjections {
     return kScaleBeforeRounding<T> ? 1.0f : scale_of(half, vector);
   }
   __device__ __forceinline__ float scale_of(int half, int vector) const {
-    const float4* q = reinterpret_cast<const float4*>(s.squares[half][vector]);
-    const float square = ((q[0].x + q[0].y) + (q[0].z + q[0].w)) + ((q[1].x + q[1].y) + (q[1].z + q[1].w));
-    return rsqrtf(square * (1.0f / kWidth) + a.eps);
+    float square[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int w = 0; w < kWorkers; w += 4) {
+      const float4 q = *reinterpret_cast<const float4*>(s.squares[half][vector] + w);
+      square[w / 4] = (q.x + q.y) + (q.z + q.w);
+    }
+    return rsqrtf(((square[0] + square[1]) + (square[2] + square[3])) * (1.0f / kWidth) + a.eps);
   }
 
-  // Puts the vectors that a stack begins with where stage_normed() finds them, each thread those that it will read.
+  // Puts the vectors that a stack begins with where normed_operand() finds them.
   __device__ __forceinline__ void begin_stack(const Phase& f) {
     const int vector = warp() / 8, column = thread % 256 * 4;
     if (vector >= f.vectors) return;
@@ -250,36 +260,41 @@ struct FrameProjections {
     }
   }
 
-  // Stages x * norm_weight of a phase's vectors in two parts: eight warps a vector, four elements a lane.
-  __device__ __forceinline__ void stage_normed(const Phase& f, int half) {
-    const int vector = warp() / 8, column = thread % 256 * 4;
-    if (vector >= f.vectors) return;
-    const uint2 weights = *reinterpret_cast<const uint2*>(reinterpret_cast<const T*>(f.norm_weight) + column);
-    uint2 x;
+  // This lane's part of x * norm_weight, for this warp's 64 columns.
+  __device__ __forceinline__ Vec16 normed_operand(const Phase& f, int half) {
+    const int vector = part_is_there(f) ? part_vector() : 0, column = warp() * 64 + part_column();
+    const Vec16 weights = load_vec(reinterpret_cast<const T*>(f.norm_weight) + column);
+    Vec16 x;
     if (f.source == kWords) {
       before_polls();
-      x = waiting.take2(a.words + f.in + vector * (kWidth / 2) + column / 2);
+      x = waiting.take4(a.words + f.in + (vector * kWidth + column) / 2);
     } else {
-      x = *reinterpret_cast<const uint2*>(s.begin[vector] + column / 2);  // as this thread left it
+      x = load_vec(s.begin[vector] + column / 2);
     }
-    if (f.kind == kHead) *reinterpret_cast<uint2*>(s.hidden + column / 2) = x;
-    const float2 v = unpack<T>(x.x), w = unpack<T>(x.y), n = unpack<T>(weights.x), m = unpack<T>(weights.y);
-    const auto put = [&](float scale) {
-      const float y[4] = {v.x * n.x * scale, v.y * n.y * scale, w.x * m.x * scale, w.y * m.y * scale};
-      const uint2 high = {pack<T>(y[0], y[1]), pack<T>(y[2], y[3])};
-      const float2 p = unpack<T>(high.x), q = unpack<T>(high.y);
-      const Staged<T> to = staged(f.vectors);
-      *reinterpret_cast<uint2*>(to.high(vector) + column) = high;
-      *reinterpret_cast<uint2*>(to.low(vector) + column) = {pack<T>(y[0] - p.x, y[1] - p.y),
-                                                            pack<T>(y[2] - q.x, y[3] - q.y)};
-    };
-    if constexpr (!kScaleBeforeRounding<T>) put(1.0f);
-    const float square = warp_sum((v.x * v.x + v.y * v.y) + (w.x * w.x + w.y * w.y));
-    if (lane() == 0) s.squares[half][vector][warp() % 8] = square;
+    if (f.kind == kHead && lane() < 8) store_vec(s.hidden + column / 2, x);
+    float square = 0.0f, scale = 1.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 v = unpack<T>(x.word[i]);
+      square += v.x * v.x + v.y * v.y;
+    }
+    square = warp_sum<8>(square);
+    if (lane() % 16 == 0 && part_is_there(f)) s.squares[half][vector][warp()] = square;
     if constexpr (kScaleBeforeRounding<T>) {
-      sync_stagers(vector);
-      put(scale_of(half, vector));
+      sync_workers();
+      scale = scale_of(half, vector);
     }
+    Vec16 part{};
+    if (!part_is_there(f)) return part;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 v = unpack<T>(x.word[i]), n = unpack<T>(weights.word[i]);
+      const float2 y = {v.x * n.x * scale, v.y * n.y * scale};
+      const uint32 high = pack<T>(y.x, y.y);
+      const float2 h = unpack<T>(high);
+      part.word[i] = part_is_low() ? pack<T>(y.x - h.x, y.y - h.y) : high;
+    }
+    return part;
   }
 
   // Stages the words of a phase's vectors as they are, `words` of them each.
@@ -292,11 +307,14 @@ struct FrameProjections {
   // A warp for each vector has the results of a phase, a lane a row. The fast stack's queries and keys leave rotated.
   template <int kTiles>
   __device__ __forceinline__ void qkv(const Phase& f, int half) {
-    if (f.source != kWords) begin_stack(f);
+    if (f.source != kWords) {
+      begin_stack(f);
+      sync_workers();
+    }
     project_normed<kTiles>(f, half);
     const int vector = warp(), row = lane();
     if (vector >= f.vectors || row >= kTiles * kTileRows) return;
-    float y = total(vector, row) * norm_scale(half, vector);
+    float y = total(half, vector, row) * norm_scale(half, vector);
     if (f.kind == kFastQkv && first_row(f) < 24 * kFastDim) {
       y = rounded<T>(y);
       const float other = __shfl_xor_sync(__activemask(), y, 1);
@@ -311,8 +329,8 @@ struct FrameProjections {
     project_normed<kTiles>(f, half);
     const int vector = warp(), row = lane(), gate_at = row / kTileRows * 2 * kTileRows + row % kTileRows;
     if (vector >= f.vectors || row >= kTiles / 2 * kTileRows) return;
-    const float scale = norm_scale(half, vector), gate = total(vector, gate_at) * scale;
-    const float up = total(vector, gate_at + kTileRows) * scale;
+    const float scale = norm_scale(half, vector), gate = total(half, vector, gate_at) * scale;
+    const float up = total(half, vector, gate_at + kTileRows) * scale;
     put_pair(f, vector, row, __fdividef(gate, 1.0f + __expf(-gate)) * up);
   }
   __device__ __forceinline__ void swiglu(const Phase& f, int half) {

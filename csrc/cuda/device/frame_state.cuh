@@ -18,6 +18,7 @@ constexpr int kWidth = 1024;          // C of both stacks
 constexpr int kSplits = kBlocks / 8;  // parts of a slow head's positions
 constexpr int kSlowDim = 128, kFastDim = 64;  // D
 constexpr int kChunkStep = 16;                // a split's positions are a multiple of it
+constexpr int kNear = 160;                    // of them that shared memory holds: a multiple of 32
 constexpr int kPartWords = 2 * (kSlowDim + 2);
 constexpr int kFastQkvRows = 32 * kFastDim;  // 16 query, 8 key and 8 value heads
 constexpr int kPlaces = 12;                  // fast positions at most
@@ -99,11 +100,6 @@ __device__ __forceinline__ void sync_samplers() {
   asm volatile("barrier.sync 2, %0;" ::"n"(kSamplerThreads) : "memory");
 }
 
-// The eight warps that stage a vector.
-__device__ __forceinline__ void sync_stagers(int vector) {
-  asm volatile("barrier.sync %0, 256;" ::"r"(3 + vector) : "memory");
-}
-
 __device__ __forceinline__ int64 nanoseconds() {
   int64 t;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
@@ -117,26 +113,27 @@ __device__ __forceinline__ int rows_here(const Phase& f) { return max(0, min(f.s
 template <class T>
 struct Shared {
   unsigned char ring[kSlots * kUnitBytes];
-  unsigned char stage[12 * 1024];  // a phase's inputs
+  unsigned char stage[12 * 1024];  // the fast attention's inputs and results
   union {
     T cache[4][2][10][8][kFastDim];  // the fast stack's keys and values
     struct {
       float value[kMostLogits], gumbel[kMostLogits];
-    } logits;  // of the main draw, before the fast stack begins
+    } logits;                    // of the main draw, before the fast stack begins
+    T past[2][kNear][kSlowDim];  // keys and values of a slow layer, before the main draw
   };
-  float partial[kWorkers][2][48];           // a warp's part of a phase's results, by vector
-  float merged[kWorkers][2][kSlowDim + 2];  // slow attention, of a warp
+  float partial[2][kWorkers][2][48];     // a warp's part of a phase's results, by vector
+  float merged[kWorkers][kSlowDim + 2];  // slow attention, of a warp
   float query[2][kSlowDim];
   T fresh[2][kSlowDim];
   T angles[kPlaces][kFastDim];
-  float squares[2][2][8];       // of x, by vector and warp; two, since a warp may be a phase ahead
-  float own[2][kOwnRows];       // this block's rows of the residual stream, by vector
-  float gumbel[1024];           // of the fast code that is drawn next
-  uint32 begin[2][kWidth / 2];  // what a stack begins with, by vector
-  uint32 hidden[kWidth / 2];    // the slow stack's result
-  uint64 full[kSlots], empty[kSlots];
+  float squares[2][2][kWorkers];  // of x, by vector and warp
+  float own[2][kOwnRows];         // this block's rows of the residual stream, by vector
+  float gumbel[1024];             // of the fast code that is drawn next
+  uint32 begin[2][kWidth / 2];    // what a stack begins with, by vector
+  uint32 hidden[kWidth / 2];      // the slow stack's result
+  uint64 full[kSlots], empty[kSlots], past_full;
   Ahead slots[2 * kSamplerWarps];
-  Phase phases[4];  // this one, the next two, and the last, which some may still read
+  Phase phases[8];  // this one, the next three, and those that some may still read
   int code;         // of the last draw
   int position;     // of the frame
   uint32 turn;      // number of the frame
