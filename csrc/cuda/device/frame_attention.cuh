@@ -104,6 +104,7 @@ struct FrameAttention : FrameProjections<T> {
       }
     }
     sync_workers();
+    barrier_wait(&s.past_full, f.layer % 2);
     if (begin < length) {
       float q[8];
 #pragma unroll
@@ -119,7 +120,6 @@ struct FrameAttention : FrameProjections<T> {
         }
         sum.template add<T>(score, v);
       };
-      barrier_wait(&s.past_full, f.layer % 2);
 #pragma unroll 1
       for (int start = begin; start < min(p.end, begin + kNear); start += Part::kBlock) {
         Vec16 k[Part::kLoads], v[Part::kLoads];
