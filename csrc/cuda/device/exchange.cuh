@@ -71,14 +71,17 @@ struct Waiting {
     }
     return v;
   }
-  // Two words that are written over and over: each comes with a tag that says which writing it is.
-  __device__ __forceinline__ float2 take_tagged2(const uint32* at, uint32 tag) {
-    Vec16 v = peek4(at);
-    for (int n = 0; v.word[1] != tag || v.word[3] != tag; ++n) {
-      if (!again(n)) break;
-      v = peek4(at);
+  // kCount times two words that are written over and over: each comes with a tag that says which writing it is.
+  template <int kCount>
+  __device__ __forceinline__ void take_tagged2s(const uint32* const (&at)[kCount], uint32 tag, float2 (&x)[kCount]) {
+    Vec16 v[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v[i] = peek4(at[i]);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      for (int n = 0; (v[i].word[1] != tag || v[i].word[3] != tag) && again(n); ++n) v[i] = peek4(at[i]);
+      x[i] = {__uint_as_float(v[i].word[0]), __uint_as_float(v[i].word[2])};
     }
-    return {__uint_as_float(v.word[0]), __uint_as_float(v.word[2])};
   }
 };
 __device__ __forceinline__ void put_tagged(uint32* at, float x, uint32 tag) {

@@ -189,9 +189,9 @@ struct FrameAttention : FrameProjections<T> {
     if (part * chunk < length) {
       const uint32* from = a.parts + ((g * kSplits + part) * kPartWords + h * (kSlowDim + 2)) * 2;
       before_polls();
-      const float2 values = waiting.take_tagged2(from + first * 2, tag(f));
-      const float2 sums = waiting.take_tagged2(from + kSlowDim * 2, tag(f));
-      low = values.x, high = values.y, total = sums.x, top = sums.y;
+      float2 x[2];
+      waiting.take_tagged2s({from + first * 2, from + kSlowDim * 2}, tag(f), x);
+      low = x[0].x, high = x[0].y, total = x[1].x, top = x[1].y;
     }
     __syncwarp();
     const float weight = exp2f(top - warp_max<kSplits>(top));

@@ -112,16 +112,16 @@ struct FrameDraws : FrameAttention<T> {
       put_word(slot + 2, min(mine.best.key, kEmpty - 1));  // NaN stays larger than infinity
       put_word(slot + 3, static_cast<uint32>(mine.best.row));
       put_float(slot + 4, mine.best.value);
-      put_word(slot + 5, 0u);
+      for (int i = 5; i < 8; ++i) put_word(slot + i, 0u);
     }
     Ahead found = nothing();
     if (thread < kBlocks) {
       const uint32* from = all + thread * 8;
-      const Vec16 x = waiting.take4(from);
-      const uint2 y = waiting.take2(from + 4);
-      found = {__uint_as_float(x.word[0]),
-               static_cast<int>(x.word[1]),
-               {x.word[2], static_cast<int>(x.word[3]), __uint_as_float(y.x)}};
+      Vec16 x[2];
+      waiting.take4s(from, 4, x);
+      found = {__uint_as_float(x[0].word[0]),
+               static_cast<int>(x[0].word[1]),
+               {x[0].word[2], static_cast<int>(x[0].word[3]), __uint_as_float(x[1].word[0])}};
     }
     return merge(found);
   }
