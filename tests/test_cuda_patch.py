@@ -221,10 +221,10 @@ def engine_logits(engine, text):
         token = text[:1, t + 1].int()
 
         def forced(generator, token=token, codes=text[None, 2:, t + 1]):
-            force(decoder._main_noise, token if rows.ids is None else torch.searchsorted(rows.ids, token))
-            force(decoder._fast_noise, codes)
+            force(decoder.noise.main, token if rows.ids is None else torch.searchsorted(rows.ids, token))
+            force(decoder.noise.fast, codes)
 
-        decoder._draw_noise = forced
+        decoder.noise.draw = forced
         sampling = s1kernels.Sampling(temperature=1.0, top_p=1.0, repetition_penalty=1.0)
         (codes,) = decoder.decode(text[:, t : t + 1].T.int().contiguous(), t, 1, sampling, None, None)
         assert codes.tolist() == text[:, t + 1].tolist()

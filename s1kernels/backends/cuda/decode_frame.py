@@ -24,12 +24,12 @@ from s1kernels.backends.cuda import (
     rms_norm_swiglu,
     sample_token,
 )
-from s1kernels.backends.cuda.draws import Randomness
 from s1kernels.backends.cuda.frame_graph import FrameGraph
 from s1kernels.backends.cuda.launch import Kernel, Launch
 from s1kernels.backends.cuda.sample_token import Window
 from s1kernels.backends.cuda.support import TILE_ROWS, ceil_div, run, staging, supports, vectorized
 from s1kernels.cache import KVCache
+from s1kernels.draws import Randomness
 from s1kernels.model.config import DualARConfig, StackConfig
 from s1kernels.model.weights import LayerWeights, Weights
 from s1kernels.registry import implement
