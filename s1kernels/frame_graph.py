@@ -125,6 +125,14 @@ class FrameGraph(FrameBuffers, ABC):
         state = torch.tensor([_signed(generator.initial_seed()), generator.get_offset()])
         self._random.copy_(state, non_blocking=True)
 
+    def _rehearse(self) -> None:
+        """Run the frame that comes next once, so that its kernels are compiled and loaded, and forget it."""
+        state = (self._tokens, self._position, self._index, self._window, self._random)
+        before = [tensor.clone() for tensor in state]
+        self._enqueue()
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
+
     def _replay(self, position: int) -> None:
         self._prepare(position + 1)
         assert self._graph is not None
@@ -190,12 +198,8 @@ class OpsGraph(FrameGraph):
         self._numbers.set_offset(generator.get_offset())
 
     def _make_ready(self) -> None:
-        """Run the frame that comes next once, so that its kernels are compiled and loaded, and forget it."""
-        state = (self._tokens, self._position, self._index, self._window)
-        before, offset = [tensor.clone() for tensor in state], self._numbers.get_offset()
-        self._enqueue()
-        for tensor, value in zip(state, before, strict=True):
-            tensor.copy_(value)
+        offset = self._numbers.get_offset()
+        self._rehearse()
         self._numbers.set_offset(offset)
 
     @torch.inference_mode()

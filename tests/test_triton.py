@@ -17,7 +17,7 @@ from s1kernels.backends.triton import support
 
 usable = pytest.mark.skipif(triton.available() is not None, reason=str(triton.available()))
 DEVICE = "cpu" if support.INTERPRETED else "cuda"
-OPS = [op for op in registry.OPS.values() if op.name != "decode_frame"]  # the engine makes a frame of the others
+OPS = list(registry.OPS.values())
 
 
 def small(sizes):

@@ -75,7 +75,7 @@ def attention_decode_kernel(
         new_k = norm_rotary(q, H + g + one, d, k_norm_weight, cos_sin, count - 1, H + G, D, eps)
         new_v = tl.load(q + (H + G + g + one)[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
         to = cache + (count - 1).to(tl.int64) * D + d[None, :] + one[:, None]
-        here = (d < D)[None, :] & newest & valid
+        here = (d < tl.where(newest & valid, D, 0))[None, :]
         tl.store(k_cache + to, new_k.to(k_cache.dtype.element_ty), mask=here)
         tl.store(v_cache + to, new_v, mask=here)
         top = tl.where(newest, tl.sum(query * new_k, 1), top)
