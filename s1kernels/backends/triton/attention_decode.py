@@ -101,10 +101,10 @@ def attention_decode_kernel(
             result = tl.where(valid, value / total[:, None], float("nan"))
             tl.store(out + head_at[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=real)
     elif part < used:
-        to = parts + (head_at * SPLITS + part) * (D + 2)
-        tl.store(to[:, None] + d[None, :], value, mask=real)
-        tl.store(to + D, top, mask=member < group)
-        tl.store(to + D + 1, total, mask=member < group)
+        mine = parts + (head_at * SPLITS + part) * (D + 2)
+        tl.store(mine[:, None] + d[None, :], value, mask=real)
+        tl.store(mine + D, top, mask=member < group)
+        tl.store(mine + D + 1, total, mask=member < group)
         tl.debug_barrier()  # all of the program's parts are written before it says so
         if tl.atomic_add(arrived + row * G + g, 1, sem="acq_rel") == used - 1:
             tl.store(arrived + row * G + g, 0)

@@ -46,7 +46,8 @@ def attention_output_kernel(
         weight + outs.to(tl.int64)[:, None, None] * (H * D) + columns[None, :, :],
         mask=(outs < width)[:, None, None] & inside[None, :, :], other=0.0,
     )  # fmt: skip
-    plus = load_vector(bias, outs, width)
+    if bias is not None:
+        plus = load_vector(bias, outs, width)
     group, row_size = H // G, (H + 2 * G) * D
     kv = tl.minimum(h // group, G - 1)
     cached_at = kv[:, None, None] * (S * D) + p[None, :, None] * D + d[None, None, :]

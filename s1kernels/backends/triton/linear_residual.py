@@ -20,7 +20,9 @@ def linear_residual_kernel(
     """out = weight @ x + bias + residual, where out may be residual. Mapping: project.py. Memory: the weight once."""
     let_next_start(PDL)
     outs, columns = my_outs(BLOCK_O), tl.arange(0, BLOCK_C)
-    tile, plus = load_tile(weight, outs, columns, width, C), load_vector(bias, outs, width)
+    tile = load_tile(weight, outs, columns, width, C)
+    if bias is not None:
+        plus = load_vector(bias, outs, width)
     wait_for_inputs(PDL)
     for _ in range(B):
         y, _z = project(x, None, None, weight, tile, None, None, outs, columns, width, C, 0.0, BLOCK_C, WHOLE)

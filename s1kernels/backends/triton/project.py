@@ -32,10 +32,8 @@ def load_tile(weight, outs, columns, width, C):
 
 @triton.jit
 def load_vector(x, at, size):
-    """x[at] in float32; zeros past its end. Without an x, None."""
-    if x is not None:
-        x = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
-    return x
+    """x[at] in float32; zeros past its end."""
+    return tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
 
 
 @triton.jit

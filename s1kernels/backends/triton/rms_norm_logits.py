@@ -21,7 +21,9 @@ def rms_norm_logits_kernel(
     Memory: the weight once."""
     let_next_start(PDL)
     outs, columns = my_outs(BLOCK_O), tl.arange(0, BLOCK_C)
-    tile, plus = load_tile(weight, outs, columns, width, C), load_vector(bias, outs, width)
+    tile = load_tile(weight, outs, columns, width, C)
+    if bias is not None:
+        plus = load_vector(bias, outs, width)
     norm = load_vector(norm_weight, columns, C)
     wait_for_inputs(PDL)
     for _ in range(B):

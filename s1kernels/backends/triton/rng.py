@@ -38,8 +38,9 @@ def uniform(state, offset, threads, element):
         seed, (block & 0xFFFFFFFF).to(tl.uint32), (block >> 32).to(tl.uint32), thread.to(tl.uint32),
         tl.zeros_like(thread).to(tl.uint32),
     )  # fmt: skip
-    low, high = tl.where(turn & 1, b, a), tl.where(turn & 1, d, c)
-    return tl.fma(tl.where(turn & 2, high, low).to(tl.float32), _UNIT, _UNIT / 2)
+    odd = (turn & 1) == 1
+    low, high = tl.where(odd, b, a), tl.where(odd, d, c)
+    return tl.fma(tl.where((turn & 2) == 2, high, low).to(tl.float32), _UNIT, _UNIT / 2)
 
 
 @triton.jit

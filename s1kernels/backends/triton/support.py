@@ -75,7 +75,7 @@ def enqueue(
         kernel[grid](*args, **options)
         return
     with torch.cuda.device(device):
-        kernel[grid](*args, **options)
+        kernel[grid](*args, enable_fp_fusion=True, **options)
 
 
 def power_of_2(n: int) -> int:
