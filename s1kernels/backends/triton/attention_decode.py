@@ -25,7 +25,7 @@ def load_positions(cache, first, p, d, end, D):
     return tl.load(cache + at, mask=(first + p < end)[:, None] & (d < D)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["S", "ahead"])
+@triton.jit(do_not_specialize=["T", "S", "ahead"])
 def attention_decode_kernel(
     q, k_cache, v_cache, length, out, parts, arrived, q_norm_weight, k_norm_weight, cos_sin, T, H, G, D, S, ahead,
     scale, eps, GROUP: tl.constexpr, DIM: tl.constexpr, POSITIONS: tl.constexpr, SPLITS: tl.constexpr,
