@@ -211,7 +211,7 @@ class OpsGraph(FrameGraph):
         said = torch.cat([window[:, 1:], codes], dim=1)
         if self.config.line == "s1":  # the window fills from the left before it shifts
             said = torch.where(index < len(self._columns), torch.where(self._columns == index, codes, window), said)
-        window.copy_(torch.where(index < 0, 0, said))
+        window.copy_(said.masked_fill(index < 0, 0))
         self._tokens.copy_(self._codes)
         index.add_(1)
         self._position.add_(1)

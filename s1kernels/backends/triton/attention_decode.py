@@ -9,13 +9,9 @@ from torch import Tensor
 
 from s1kernels.backends.triton.pdl import let_next_start, wait_for_inputs
 from s1kernels.backends.triton.rotary import norm_rotary
-from s1kernels.backends.triton.support import INTERPRETED, launch, power_of_2, supports
+from s1kernels.backends.triton.support import launch, power_of_2, supports
+from s1kernels.backends.triton.tuning import sizes
 from s1kernels.registry import implement
-
-POSITIONS = 32  # that a program has under way: 16 KB of k and v at D = 128
-SPLITS = 2 if INTERPRETED else 32  # the interpreter takes its time for every program
-"""Parts of a row's positions at most, however long it is: the grid of a captured graph must not depend on it. 32 parts
-of S1-mini's 8 key/value heads are two programs an SM of an H200 from 1024 positions on."""
 
 
 @triton.jit
@@ -130,7 +126,8 @@ class Scratch:
     """Where the parts of an attention of q [B, H, D] meet, and how many have arrived. Zeroed once, and left so."""
 
     def __init__(self, rows: int, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> None:
-        self.parts = torch.empty(rows * heads * SPLITS * (head_dim + 2), dtype=torch.float32, device=device)
+        splits = sizes(device).splits
+        self.parts = torch.empty(rows * heads * splits * (head_dim + 2), dtype=torch.float32, device=device)
         self.arrived = torch.zeros(rows * kv_heads, dtype=torch.int32, device=device)
 
 
@@ -159,9 +156,10 @@ def _enqueue(
     q_norm_weight: Tensor | None, k_norm_weight: Tensor | None, cos_sin: Tensor | None, ahead: int, eps: float,
     appends: bool, pdl: bool,
 ) -> None:  # fmt: skip
-    (B, H, D), (R, G, S, _) = out.shape, k_cache.shape
+    (B, H, D), (R, G, S, _), size = out.shape, k_cache.shape, sizes(q.device)
     launch(
-        attention_decode_kernel, (SPLITS, G, B), q.device, q, k_cache, v_cache, length, out, parts, arrived,
+        attention_decode_kernel, (size.splits, G, B), q.device, q, k_cache, v_cache, length, out, parts, arrived,
         q_norm_weight, k_norm_weight, cos_sin, max(B // R, 1), H, G, D, S, ahead, D**-0.5, eps,
-        GROUP=power_of_2(H // G), DIM=power_of_2(D), POSITIONS=POSITIONS, SPLITS=SPLITS, APPEND=appends, pdl=pdl,
+        GROUP=power_of_2(H // G), DIM=power_of_2(D), POSITIONS=size.positions, SPLITS=size.splits, APPEND=appends,
+        pdl=pdl,
     )  # fmt: skip

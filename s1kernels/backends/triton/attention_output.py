@@ -10,10 +10,10 @@ from s1kernels.backends.cuda.support import ceil_div
 from s1kernels.backends.triton.pdl import let_next_start, wait_for_inputs
 from s1kernels.backends.triton.project import load_vector, my_outs, store
 from s1kernels.backends.triton.rotary import norm_rotary
-from s1kernels.backends.triton.support import INTERPRETED, launch, power_of_2
+from s1kernels.backends.triton.support import launch, power_of_2
+from s1kernels.backends.triton.tuning import sizes
 
 MOST_CACHED = 1 << 15  # elements of k, and of v, that a program of 8 warps holds: 64 KB of 16-bit values
-TILE = 8192  # elements of the weight
 
 
 @triton.jit
@@ -103,8 +103,7 @@ def enqueue(
     """x [B*T, C] += weight @ attention(qkv) + bias. With `pdl` the weight and the bias may be read before earlier
     kernels of the stream have ended."""
     (B, G, S, D), width = k_cache.shape, weight.shape[0]
-    row = power_of_2(heads) * power_of_2(D)
-    block_o = 64 if INTERPRETED else max(1, TILE // row)
+    block_o = min(max(1, sizes(x.device).output_tile // (power_of_2(heads) * power_of_2(D))), power_of_2(width))
     launch(
         attention_output_kernel, (ceil_div(width, block_o),), qkv.device, qkv, k_cache, v_cache, q_norm_weight,
         k_norm_weight, cos_sin, weight, bias, x, x, B, first, heads, G, D, S, width, D**-0.5, eps, T=qkv.shape[0] // B,

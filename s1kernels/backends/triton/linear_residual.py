@@ -41,7 +41,7 @@ def enqueue(
 ) -> None:
     """The op. With `pdl` the weight and the bias may be read before earlier kernels of the stream have ended."""
     (B, C), width = x.shape, weight.shape[0]
-    grid, options = tiling(width, C)
+    grid, options = tiling(weight)
     if B:
         launch(linear_residual_kernel, grid, x.device, x, weight, bias, residual, out, B, width, C, pdl=pdl, **options)
 

@@ -11,16 +11,13 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from s1kernels.backends.cuda.support import ceil_div
-from s1kernels.backends.triton.support import INTERPRETED, power_of_2
+from s1kernels.backends.triton.support import power_of_2
+from s1kernels.backends.triton.tuning import sizes
 
-TILE = 8192
-"""Elements of the weights that a program loads at once: 16 KB of 16-bit values, 128 bytes a thread of 4 warps. Four
-programs an SM have 64 KB under way, more than latency times bandwidth (25 KB on an H200), and all programs of an
-S1-mini layer's projection are resident at once."""
 MOST_COLUMNS = 8192  # of a tile; more take several turns
-FEWEST_PROGRAMS = 256  # two an SM, on GPUs up to an H200; below that a program takes fewer rows
 
 
 @triton.jit
@@ -85,13 +82,12 @@ def store(out, outs, width, y):
     tl.store(out + outs, y.to(out.dtype.element_ty), mask=outs < width)
 
 
-def tiling(outs: int, columns: int, weights: int = 1) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and options of a kernel with `weights` weights of `outs` rows and `columns` columns."""
+def tiling(weight: Tensor, weights: int = 1) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and options of a kernel with so many weights of that shape."""
+    (outs, columns), size = weight.shape, sizes(weight.device)
     block_c = min(power_of_2(columns), MOST_COLUMNS)
-    block_o = max(1, TILE // (block_c * weights))
-    if INTERPRETED:
-        block_o = 64  # the interpreter takes its time for every program
-    while not INTERPRETED and block_o > 1 and ceil_div(outs, block_o) < FEWEST_PROGRAMS:
+    block_o = min(max(1, size.tile // (block_c * weights)), power_of_2(outs))
+    while block_o > 1 and ceil_div(outs, block_o) < size.fewest_programs:
         block_o //= 2
     options = {"BLOCK_O": block_o, "BLOCK_C": block_c, "WHOLE": columns <= block_c, "num_warps": 4}
     return (ceil_div(outs, block_o),), options

@@ -58,7 +58,7 @@ def enqueue(
     """The op, plus `bias` [V] float32. Rows of x and logits may be any distance apart. With `pdl` weights and bias may
     be read before earlier kernels of the stream have ended."""
     (B, C), width = x.shape, weight.shape[0]
-    grid, options = tiling(width, C)
+    grid, options = tiling(weight)
     if B:
         given = (x, norm_weight, weight, bias, logits, normed, B, width, C, x.stride(0), logits.stride(0), eps)
         launch(rms_norm_logits_kernel, grid, x.device, *given, pdl=pdl, **options)

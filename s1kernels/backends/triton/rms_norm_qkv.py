@@ -39,7 +39,7 @@ def enqueue(
 ) -> None:
     """The op. With `pdl` weights may be read before earlier kernels of the stream have ended."""
     (B, C), width = x.shape, weight.shape[0]
-    grid, options = tiling(width, C)
+    grid, options = tiling(weight)
     if B:
         given = (x, norm_weight, weight, bias, out, B, width, C, eps)
         launch(rms_norm_qkv_kernel, grid, x.device, *given, pdl=pdl, **options)

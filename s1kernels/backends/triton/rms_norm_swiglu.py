@@ -38,7 +38,7 @@ def enqueue(
 ) -> None:
     """The op. With `pdl` weights may be read before earlier kernels of the stream have ended."""
     (B, C), width = x.shape, w1.shape[0]
-    grid, options = tiling(width, C, weights=2)
+    grid, options = tiling(w1, weights=2)
     if B:
         given = (x, norm_weight, w1, w3, out, B, width, C, eps)
         launch(rms_norm_swiglu_kernel, grid, x.device, *given, pdl=pdl, **options)

@@ -19,11 +19,10 @@ from s1kernels.backends.triton.draw import best_of, draw, draw_from_memory, fits
 from s1kernels.backends.triton.pdl import let_next_start, wait_for_inputs
 from s1kernels.backends.triton.rng import fast_log, noise_of
 from s1kernels.backends.triton.support import launch, power_of_2, supports
+from s1kernels.backends.triton.tuning import sizes
 from s1kernels.ops.sample_token import RAS_TEMPERATURE, RAS_TOP_P
 from s1kernels.registry import implement
 
-SOLO_VOCABULARY = 8192  # rows that one program holds: 16 a thread of 16 warps
-CHUNK = 2048  # rows of a program of the large kernels: 77 programs for S1-mini's 155,776
 _RAS_TEMPERATURE, _RAS_TOP_P = tl.constexpr(RAS_TEMPERATURE), tl.constexpr(RAS_TOP_P)
 _NO_ROW = tl.constexpr(0x7FFFFFFF)
 
@@ -294,10 +293,10 @@ def enqueue(
             apart; `hidden` [B, C] goes where the C elements before it are.
         Others: as in `s1kernels.ops.sample_token`.
     """
-    B, V = logits.shape
-    solo = V <= SOLO_VOCABULARY
-    block = power_of_2(V) if solo else CHUNK
-    chunks = 1 if solo else power_of_2(ceil_div(V, CHUNK))
+    (B, V), size = logits.shape, sizes(logits.device)
+    solo = size.solo_vocabulary >= V
+    block = power_of_2(V) if solo else size.chunk
+    chunks = 1 if solo else power_of_2(ceil_div(V, block))
     floats = ints = None
     if not solo:
         floats = torch.empty(B * (2 * V + 7 * chunks), dtype=torch.float32, device=logits.device)
@@ -318,7 +317,7 @@ def enqueue(
         launch(sample_token_kernel, (B,), logits.device, *given, **options)
         return
     for kernel in (sample_token_survey_kernel, sample_token_settle_kernel):
-        launch(kernel, (ceil_div(V, CHUNK), B), logits.device, *given, **options)
+        launch(kernel, (ceil_div(V, block), B), logits.device, *given, **options)
 
 
 @implement("sample_token", backend="triton", supports=supports)
