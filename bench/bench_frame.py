@@ -35,6 +35,7 @@ from torch import Tensor
 from yardstick import FORCED, Yardstick, forced_logits, forget_caches, memory, patched
 
 from s1kernels import Engine, fish_speech
+from s1kernels.backends import triton
 from s1kernels.backends.cuda import providers
 from s1kernels.cli import demo
 
@@ -133,6 +134,8 @@ class Bench:
             for rows in o.rows
         ]
         graphs.insert(0, Contender("s1kernels graph", o.frames, {"persistent": False}, refused=no_graph))
+        no_triton = no_graph or triton.available() or ""
+        graphs.append(Contender("Triton, graph", o.frames, {"backend": "triton"}, refused=no_triton))
         skipped = "left out (--skip-compiled)" if o.skip_compiled else ""
         compiled = Contender(COMPILED, o.frames, compiled=True, refused=skipped)
         return [Contender(EAGER, o.slow_frames), per_op, *graphs, compiled]
@@ -229,6 +232,7 @@ class Bench:
             facts["provider"] = providers.provider("decode_frame", self.dtype, self.device)
         if hasattr(engine.decoder, "time_frames"):
             facts["gpu_seconds_per_frame"] = engine.decoder.time_frames(position, REPLAYS)
+        if hasattr(engine.decoder, "kernels"):
             facts["graph_kernels_per_frame"] = engine.decoder.kernels
         return facts
 
@@ -335,6 +339,9 @@ class Bench:
         with tempfile.TemporaryDirectory() as empty:
             cold = {"S1KERNELS_CUDA_PROVIDER": "nvrtc", "S1KERNELS_CACHE_DIR": empty}
             ways = {"compiled": {"S1KERNELS_CUDA_PROVIDER": "compiled"}, "nvrtc, cold": cold, "nvrtc, warm": cold}
+            if triton.available() is None:
+                of_triton = {"S1KERNELS_BACKEND": "triton", "TRITON_CACHE_DIR": str(Path(empty, "triton"))}
+                ways |= {"Triton, cold": of_triton, "Triton, warm": of_triton}
             for name, environment in ways.items() if self.cuda else [(self.device.type, {})]:
                 try:
                     done = subprocess.run(

@@ -35,42 +35,86 @@ class Decoder(Protocol):
         ...
 
 
-class HostDecoder:
-    """Calls a program for each frame; noise comes from torch's generator, in upstream's order and shapes, so that a
-    seed means the same there and here."""
+class FrameBuffers:
+    """A frame's static buffers, for one choice of the head's rows."""
 
-    def __init__(self, config: DualARConfig, rows: Rows, cache: KVCache, program: Any) -> None:
-        self.config, self.rows, self.cache, self.program = config, rows, cache, program
+    def __init__(self, config: DualARConfig, rows: Rows, cache: KVCache) -> None:
+        self.config, self.rows, self.cache = config, rows, cache
         head, codes = rows.head, config.codebooks
+        floats: dict[str, Any] = {"dtype": torch.promote_types(head.dtype, torch.float32), "device": head.device}
+        ints = floats | {"dtype": torch.int32}
+        self._tokens, self._codes = (torch.zeros(1, codes + 1, **ints) for _ in range(2))
+        self._position = torch.zeros(1, **ints)
+        self._scalars = {name: torch.zeros((), **floats) for name in ("temperature", "top_p", "repetition_penalty")}
+        self._scalars["top_k"] = torch.zeros((), **ints)
+        self.main_logits = torch.zeros(1, head.shape[0], **floats)
+        self.fast_logits = torch.zeros(1, codes - 1, config.fast_rows, **floats)
+
+    def arguments(self, previous: Tensor | None, noise: Noise) -> tuple:
+        """decode_frame's arguments up to `logit_bias`, for the position last decoded and a window [N+1, W] or None."""
+        main_window, fast_window = repetition_windows(self.config.line, previous)
+        return (
+            self._tokens, self._position, self.cache.k, self.cache.v, main_window, fast_window, noise.main, noise.ras,
+            noise.fast, *self._scalars.values(), self.rows.ids, self.rows.bias,
+        )  # fmt: skip
+
+
+class Noise:
+    """A frame's noise from torch's generator, in upstream's order and shapes, so that a seed means the same there and
+    here.
+
+    main, ras: [1, V] float32, `ras` in the 2.0 line only; fast: [1, N-1, K'].
+    """
+
+    def __init__(self, config: DualARConfig, rows: Rows) -> None:
+        self._config, self._ids, head = config, rows.ids, rows.head
         self._options: dict[str, Any] = {
             "dtype": torch.promote_types(head.dtype, torch.float32),
             "device": head.device,
         }
-        ints = self._options | {"dtype": torch.int32}
-        self._tokens, self._codes = (torch.zeros(1, codes + 1, **ints) for _ in range(2))
-        self._position = torch.zeros(1, **ints)
-        self._scalars = {
-            name: torch.zeros((), **self._options) for name in ("temperature", "top_p", "repetition_penalty")
-        }
-        self._scalars["top_k"] = torch.zeros((), **ints)
-        self._main_noise = torch.ones(1, head.shape[0], **self._options)
-        self._ras_noise = torch.ones_like(self._main_noise) if config.line == "2.0" else None
-        self._fast_noise = torch.ones(1, codes - 1, config.fast_rows, **self._options)
-        self.main_logits, self.fast_logits = torch.zeros_like(self._main_noise), torch.zeros_like(self._fast_noise)
+        self.main = torch.ones(1, head.shape[0], **self._options)
+        self.ras = torch.ones_like(self.main) if config.line == "2.0" else None
+        self.fast = torch.ones(1, config.codebooks - 1, config.fast_rows, **self._options)
+
+    def draw(self, generator: torch.Generator | None) -> None:
+        """Fill all of it; None draws from torch's own generator."""
+        for noise in (self.main, self.ras):
+            if noise is not None:
+                drawn = noise[0] if self._ids is None else torch.empty(self._config.vocab_size, **self._options)
+                self._exponential(drawn, generator)
+                if self._ids is not None:
+                    noise[0] = drawn[self._ids.long()]
+        for noise in self.fast[0]:
+            self._exponential(noise, generator)
+
+    def _exponential(self, noise: Tensor, generator: torch.Generator | None) -> None:
+        if self._config.line == "s1":
+            noise.exponential_(1, generator=generator)
+        else:
+            noise.uniform_(generator=generator).clamp_(min=1e-38).log_().neg_()
+
+
+class HostDecoder(FrameBuffers):
+    """Calls a program for each frame, and keeps its state on the host."""
+
+    def __init__(self, config: DualARConfig, rows: Rows, cache: KVCache, program: Any) -> None:
+        super().__init__(config, rows, cache)
+        self.program, self.noise = program, Noise(config, rows)
 
     def decode(
         self, tokens: Tensor, position: int, count: int, sampling: Sampling, previous: Tensor | None,
         generator: torch.Generator | None,
     ) -> Iterator[Tensor]:  # fmt: skip
+        """See `Decoder`."""
         for name, value in vars(sampling).items():
             self._scalars[name].fill_(value)
         for i in range(count):
             self._tokens.copy_(tokens)
             self.cache.reserve(position + i + 1)
             self._position.fill_(position + i)
-            self._draw_noise(generator)
+            self.noise.draw(generator)
             with torch.inference_mode():
-                self.program(*self.arguments(previous), self.main_logits, self.fast_logits, self._codes)
+                self.program(*self.arguments(previous, self.noise), self.main_logits, self.fast_logits, self._codes)
             codes = self._codes[0].cpu() if self._codes.is_cuda else self._codes[0].clone()
             yield checked(codes, position + i)
             if int(codes[0]) == self.config.end_token:
@@ -78,32 +122,6 @@ class HostDecoder:
             tokens = self._codes.clone()
             if previous is not None:
                 previous = remember(self.config.line, previous, tokens[0], i)
-
-    def arguments(self, previous: Tensor | None, cache: KVCache | None = None) -> tuple:
-        """decode_frame's arguments up to `logit_bias`, for the position last decoded."""
-        cache = cache or self.cache
-        main_window, fast_window = repetition_windows(self.config.line, previous)
-        return (
-            self._tokens, self._position, cache.k, cache.v, main_window, fast_window, self._main_noise, self._ras_noise,
-            self._fast_noise, *self._scalars.values(), self.rows.ids, self.rows.bias,
-        )  # fmt: skip
-
-    def _draw_noise(self, generator: torch.Generator | None) -> None:
-        ids, vocab = self.rows.ids, self.config.vocab_size
-        for noise in (self._main_noise, self._ras_noise):
-            if noise is not None:
-                drawn = noise[0] if ids is None else torch.empty(vocab, **self._options)
-                self._exponential(drawn, generator)
-                if ids is not None:
-                    noise[0] = drawn[ids.long()]
-        for noise in self._fast_noise[0]:
-            self._exponential(noise, generator)
-
-    def _exponential(self, noise: Tensor, generator: torch.Generator | None) -> None:
-        if self.config.line == "s1":
-            noise.exponential_(1, generator=generator)
-        else:
-            noise.uniform_(generator=generator).clamp_(min=1e-38).log_().neg_()
 
 
 def check_tokens(tokens: Tensor, config: DualARConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +13,14 @@ from torch import Tensor
 from s1kernels import registry
 from s1kernels.cache import KVCache
 from s1kernels.decoder import Chosen, Decoder, HostDecoder, OpsProgram, check_tokens
+from s1kernels.frame_graph import OpsGraph
 from s1kernels.model.config import DualARConfig
 from s1kernels.model.dual_ar import DualAR
 from s1kernels.model.weights import Weights
 from s1kernels.sampling import WINDOW, Rows, Sampling
 from s1kernels.surfacing import surfacing
+
+logger = logging.getLogger("s1kernels")
 
 PREFILL_FRAMES = 512
 """Frames of a prompt that are read at a time, which bounds the memory that a long one takes."""
@@ -28,7 +32,8 @@ class Engine:
     Args:
         config, weights: the model. The weights are used where they lie; nothing is copied but sampled rows of the head.
         backend: "auto", one back end for everything, or {op: back end} for single ops.
-        graph: on a GPU, capture a whole frame as one CUDA graph; False runs it op by op.
+        graph: on a GPU, capture a whole frame as one CUDA graph, whichever back ends serve; False runs it op by op. So
+            do ops of the reference, which look at the GPU from the host.
         persistent: let that graph be a single kernel where GPU and model allow it (`decoder.frame.persistent` says why
             not); False makes it of the ops' kernels.
         constrained: sample only the semantic tokens and the end token, as the 2.0 line always does. The S1 line samples
@@ -60,7 +65,7 @@ class Engine:
         self._model = DualAR(config, weights, self._ops)
         self._programs: dict[int, Any] = {}
         self._bind_frame: Callable[..., Any] | None = None
-        self._persistent = persistent
+        self._graph, self._persistent = graph and weights.norm.device.type == "cuda", persistent
         self.all_rows = Rows(weights.head)
         whole = isinstance(backend, str) and (graph or weights.norm.device.type == "cpu")
         with torch.inference_mode(False), torch.no_grad():  # ordinary buffers: they outlive a caller's inference mode
@@ -89,11 +94,8 @@ class Engine:
         """Sample from these rows of the head from now on."""
         self.active_rows = rows
         program = self._program(rows)
-        make = getattr(program, "decoder", None)  # a program that keeps a frame's state on the device
         with torch.inference_mode(False), torch.no_grad():
-            self.decoder: Decoder = (
-                HostDecoder(self.config, rows, self.cache, program) if make is None else make(rows, self.cache)
-            )
+            self.decoder: Decoder = self._decoder(program, rows)
 
     @property
     def main_logits(self) -> Tensor:
@@ -204,7 +206,8 @@ class Engine:
     def bytes_per_frame(self, position: int) -> int:
         """Bytes that a frame at `position` must move at least."""
         op = registry.OPS["decode_frame"]
-        arguments = list(HostDecoder(self.config, self.active_rows, self.cache, None).arguments(None))
+        buffers = HostDecoder(self.config, self.active_rows, self.cache, None)
+        arguments = list(buffers.arguments(None, buffers.noise))
         arguments[1].fill_(position)
         return op.bytes_moved(op.checked(*arguments, self.active_rows.head, self.weights.flat(), self.config.to_json()))
 
@@ -215,16 +218,26 @@ class Engine:
         trial = HostDecoder(self.config, self.all_rows, cache, program)
         if whole and (backend == "auto" or backend in registry.OPS["decode_frame"].impls):
             model = (self.weights.head, self.weights.flat(), self.config.to_json())
-            frame = registry.choose("decode_frame", *trial.arguments(None), *model, backend=str(backend))
+            frame = registry.choose("decode_frame", *trial.arguments(None, trial.noise), *model, backend=str(backend))
             if frame.bind is not None:
                 self._bind_frame = frame.bind
                 return {"decode_frame": frame.backend}
         with torch.inference_mode():
             program(
-                *trial.arguments(None), trial.main_logits, trial.fast_logits,
+                *trial.arguments(None, trial.noise), trial.main_logits, trial.fast_logits,
                 torch.zeros(1, self.config.codebooks + 1, dtype=torch.int32, device=self.weights.head.device),
             )  # fmt: skip
         return {name: op.impl.backend for name, op in vars(self._ops).items() if op.impl is not None}
+
+    def _decoder(self, program: Any, rows: Rows) -> Decoder:
+        if hasattr(program, "decoder"):  # it keeps a frame's state on the device
+            return program.decoder(rows, self.cache)
+        if not self._graph:
+            return HostDecoder(self.config, rows, self.cache, program)
+        if by_reference := [op for op, backend in self.backends.items() if backend == "reference"]:
+            logger.info("a frame is run op by op, for the reference serves %s", ", ".join(by_reference))
+            return HostDecoder(self.config, rows, self.cache, program)
+        return OpsGraph(self.config, rows, self.cache, program)
 
     def _frames(self, tokens: Tensor) -> Tensor:
         """[N+1, T] tokens of any integer type, checked for shape and int32's range -> [T, N+1] int32."""

@@ -8,10 +8,10 @@ from cuda_models import MODELS, needs_gpu, needs_two_gpus, same_bits
 from test_properties import CHI_LOGITS, chi_square, kept_distribution
 
 from s1kernels import ops, registry, use_backend
-from s1kernels.backends.cuda.draws import Draws
-from s1kernels.backends.cuda.sample_token import Window, sampling_launches, torch_grid, torch_offset
+from s1kernels.backends.cuda.sample_token import Window, sampling_launches
 from s1kernels.backends.cuda.support import run, tensors_of
 from s1kernels.contract import as_tuple
+from s1kernels.draws import Draws, torch_grid, torch_offset
 from s1kernels.sampling import Rows
 from s1kernels.testing import Make, check_op, clone, poison
 

@@ -12,6 +12,7 @@ from cuda_models import HALVES, memory, needs_gpu
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import s1kernels
+from s1kernels.backends import triton
 from s1kernels.decoder import HostDecoder
 from s1kernels.ops.decode_frame import force
 
@@ -173,15 +174,20 @@ def test_other_ways_give_the_same_codes(line, name, device, options, patched):
     assert torch.equal(models.endless(model, frames=24), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"backend": "triton"}], ids=["auto", "triton"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("line", "name", "device"), cases("s1_like", "tied", "biases", "s2_like", "projected"))
-def test_forced_logits_are_no_farther_from_float64_than_the_unpatched_models(line, name, device, dtype, patched):
+def test_forced_logits_are_no_farther_from_float64_than_the_unpatched_models(
+    line, name, device, dtype, options, patched
+):
     """Main and fast logits of 32 given frames, against the float64 reference on the same rounded weights."""
+    if options and (device == "cpu" or triton.available()):
+        pytest.skip(triton.available() or "Triton's interpreter takes minutes")
     models = LINES[line]
     model = models.build(name, dtype, device)
     text = models.speech(33, model.config.num_codebooks, device)
     theirs = model_logits(model, text, 1024 if line == "s1" else None)
-    patched(model)
+    patched(model, **options)
     engine = s1kernels.engine_of(model)
     right = engine_logits(s1kernels.Engine(engine.config, engine.weights.to(torch.float64), backend="reference"), text)
     rows = slice(None) if engine.active_rows.ids is None else engine.active_rows.ids.long()
@@ -221,10 +227,10 @@ def engine_logits(engine, text):
         token = text[:1, t + 1].int()
 
         def forced(generator, token=token, codes=text[None, 2:, t + 1]):
-            force(decoder._main_noise, token if rows.ids is None else torch.searchsorted(rows.ids, token))
-            force(decoder._fast_noise, codes)
+            force(decoder.noise.main, token if rows.ids is None else torch.searchsorted(rows.ids, token))
+            force(decoder.noise.fast, codes)
 
-        decoder._draw_noise = forced
+        decoder.noise.draw = forced
         sampling = s1kernels.Sampling(temperature=1.0, top_p=1.0, repetition_penalty=1.0)
         (codes,) = decoder.decode(text[:, t : t + 1].T.int().contiguous(), t, 1, sampling, None, None)
         assert codes.tolist() == text[:, t + 1].tolist()

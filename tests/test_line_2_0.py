@@ -319,10 +319,10 @@ def engine_logits(engine, tokens):
     for t in range(tokens.shape[1] - 1):
 
         def forced(generator, t=t):
-            force(engine.decoder._main_noise, torch.searchsorted(ids, tokens[:1, t + 1].int()))
-            force(engine.decoder._fast_noise, tokens[None, 2:, t + 1])
+            force(engine.decoder.noise.main, torch.searchsorted(ids, tokens[:1, t + 1].int()))
+            force(engine.decoder.noise.fast, tokens[None, 2:, t + 1])
 
-        engine.decoder._draw_noise = forced
+        engine.decoder.noise.draw = forced
         codes = engine.step(tokens[:, t : t + 1], t, Sampling(temperature=1.0, top_p=1.0))
         assert codes.tolist() == tokens[:, t + 1].tolist()
         yield engine.main_logits[0].clone(), engine.fast_logits[0].clone()

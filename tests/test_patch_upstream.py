@@ -127,10 +127,10 @@ def _engine_logits(engine, tokens):
     for t in range(tokens.shape[1] - 1):
 
         def forced(generator, t=t):
-            force(engine.decoder._main_noise, tokens[:1, t + 1])
-            force(engine.decoder._fast_noise, tokens[None, 2:, t + 1])
+            force(engine.decoder.noise.main, tokens[:1, t + 1])
+            force(engine.decoder.noise.fast, tokens[None, 2:, t + 1])
 
-        engine.decoder._draw_noise = forced
+        engine.decoder.noise.draw = forced
         codes = engine.step(
             tokens[:, t : t + 1], t, s1kernels.Sampling(temperature=1.0, top_p=1.0, repetition_penalty=1.0)
         )

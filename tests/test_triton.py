@@ -17,7 +17,7 @@ from s1kernels.backends.triton import support
 
 usable = pytest.mark.skipif(triton.available() is not None, reason=str(triton.available()))
 DEVICE = "cpu" if support.INTERPRETED else "cuda"
-OPS = [op for op in registry.OPS.values() if op.name != "decode_frame"]  # the engine makes a frame of the others
+OPS = list(registry.OPS.values())
 
 
 def small(sizes):
@@ -26,11 +26,19 @@ def small(sizes):
     return a * b <= 2_000_000
 
 
+def dtypes(op):
+    """All, but for calls that are the same in each, and in the interpreter for a frame, whose ops have been through."""
+    if op.name == "sample_token":
+        return testing.DTYPES[:1]
+    return testing.DTYPES[:2] if op.name == "decode_frame" and support.INTERPRETED else testing.DTYPES
+
+
 CASES = [
-    pytest.param(op, case, id=f"{op.name}-{case}")
+    pytest.param(op, case, dtype, id=f"{op.name}-{case}-{dtype}")
     for op in OPS
     for case, sizes in op.cases.items()
     if small(sizes) or not support.INTERPRETED
+    for dtype in dtypes(op)
 ]
 
 
@@ -43,8 +51,7 @@ def rounding(monkeypatch):
 
 
 @usable
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-@pytest.mark.parametrize(("op", "case"), CASES)
+@pytest.mark.parametrize(("op", "case", "dtype"), CASES)
 def test_contract(op, case, dtype):
     outcome = testing.check_op(op, "triton", case, dtype, DEVICE)
     assert outcome.complaint is None, outcome
@@ -114,7 +121,7 @@ def test_a_triton_that_cannot_serve_says_why(case, tmp_path):
 
 
 @usable
-@pytest.mark.parametrize(("architecture", "cases"), [(80, 1), (90, 99), (120, 1)])
+@pytest.mark.parametrize(("architecture", "cases"), [(80, 1), (90, 2), (120, 1)])
 def test_every_kernel_compiles_for_gpus(architecture, cases, tmp_path):
     """What the interpreter accepts and the compiler does not."""
     if tuple(int(x) for x in importlib.metadata.version("triton").split(".")[:2]) < (3, 6):
@@ -131,4 +138,5 @@ def test_every_kernel_compiles_for_gpus(architecture, cases, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     compiled = set(done.stdout.split())
-    assert {f"{op.name}_kernel" for op in OPS} | {"merge_kernel"} <= compiled
+    frames = {"advance_kernel", "attention_output_kernel", "sample_token_survey_kernel", "sample_token_settle_kernel"}
+    assert {f"{op.name}_kernel" for op in OPS if op.name != "decode_frame"} | frames <= compiled

@@ -109,6 +109,21 @@ class Weights:
 
         return Weights(**named, slow=stack(config.slow), fast=stack(config.fast))
 
+    def require_like(self, head: Tensor) -> None:
+        """Raise ValueError unless every weight is contiguous and of head's dtype and device, as a bound frame needs."""
+        parts: list[Weights | LayerWeights] = [self, *self.slow, *self.fast]
+        for part in parts:
+            for field in fields(part):
+                tensor = getattr(part, field.name)
+                if not isinstance(tensor, Tensor):  # lists of layers, and what a model lacks
+                    continue
+                if (tensor.dtype, tensor.device) != (head.dtype, head.device) or not tensor.is_contiguous():
+                    got = f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
+                    raise ValueError(
+                        f"decode_frame: {field.name} must be contiguous, {head.dtype} and on {head.device} like head, "
+                        f"got {got}; convert it"
+                    )
+
     def to(self, dtype: torch.dtype) -> Weights:
         """A copy in another dtype (the same tensors where it is the same)."""
 

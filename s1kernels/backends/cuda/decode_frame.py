@@ -6,7 +6,6 @@ Kernels of its own are csrc/cuda/decode_frame.cu; the rest are those of the ops.
 from __future__ import annotations
 
 import logging
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -24,12 +23,12 @@ from s1kernels.backends.cuda import (
     rms_norm_swiglu,
     sample_token,
 )
-from s1kernels.backends.cuda.draws import Randomness
 from s1kernels.backends.cuda.frame_graph import FrameGraph
 from s1kernels.backends.cuda.launch import Kernel, Launch
 from s1kernels.backends.cuda.sample_token import Window
 from s1kernels.backends.cuda.support import TILE_ROWS, ceil_div, run, staging, supports, vectorized
 from s1kernels.cache import KVCache
+from s1kernels.draws import Randomness
 from s1kernels.model.config import DualARConfig, StackConfig
 from s1kernels.model.weights import LayerWeights, Weights
 from s1kernels.registry import implement
@@ -68,10 +67,7 @@ class Frame:
     """
 
     def __init__(self, config: DualARConfig, weights: Weights, head: Tensor, fast_rows: int) -> None:
-        parts: list[Weights | LayerWeights] = [weights, *weights.slow, *weights.fast]
-        for part in parts:
-            for field in fields(part):
-                _check_weight(field.name, getattr(part, field.name), head)
+        weights.require_like(head)
         self.config, self.weights, self.head, self.fast_rows = config, weights, head, fast_rows
         self.persistent: str | None = "not asked for"
         """Why a frame is not one persistent kernel, or None if it is."""
@@ -234,17 +230,6 @@ class Frame:
         stack = self.config.fast
         shape = (rows, stack.kv_heads, self.config.codebooks, stack.head_dim)
         return [self.head.new_empty(shape) for _ in range(stack.layers)]
-
-
-def _check_weight(name: str, weight: object, head: Tensor) -> None:
-    if not isinstance(weight, Tensor):  # lists of layers, which are checked one by one, and what a model lacks
-        return
-    if (weight.dtype, weight.device) != (head.dtype, head.device) or not weight.is_contiguous():
-        got = f"{weight.dtype} on {weight.device} with strides {weight.stride()}"
-        raise ValueError(
-            f"decode_frame: {name} must be contiguous, {head.dtype} and on {head.device} like head, got {got}; "
-            "convert it"
-        )
 
 
 def _supports(*args: object) -> str | None:

@@ -90,7 +90,7 @@ class Kernel:
         if _allowed.get(function, -1) < max(shared, _SHARED_BYTES):
             self._prepare(function, index, shared)
         whole_grid = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
-        pdl = pdl and capability(device) >= _PDL_CAPABILITY and driver.driver().version >= _PDL_DRIVER
+        pdl = pdl and programmatic(device)
         name, block = f"{self.name}_{DTYPES[dtype]}", (self.block, 1, 1)
         create = driver.Launch if _C is None else _C.Launch
         launch = create(name, function, driver.context(index), whole_grid, block, shared, pdl, cooperative, args)
@@ -137,3 +137,8 @@ class Kernel:
             if shared > _SHARED_BYTES:
                 driver.allow_shared(function, index, shared, name=self.name)
             _allowed[function] = max(shared, _SHARED_BYTES)
+
+
+def programmatic(device: torch.device) -> bool:
+    """Whether GPU and driver let a kernel start before its predecessor in the stream ends."""
+    return capability(device) >= _PDL_CAPABILITY and driver.driver().version >= _PDL_DRIVER

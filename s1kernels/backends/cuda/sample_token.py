@@ -44,17 +44,6 @@ def scratch_bytes(rows: int, vocabulary: int) -> int:
     return rows * ceil_div(chunks * (12 * CHUNK + 44) + 4, 128) * 128
 
 
-def torch_grid(device: torch.device, elements: int) -> int:
-    """Threads of the grid that torch's `exponential_` and `uniform_` launch for a float32 tensor (`rng_threads`)."""
-    gpu = torch.cuda.get_device_properties(device)
-    return 256 * min(gpu.multi_processor_count * (gpu.max_threads_per_multi_processor // 256), ceil_div(elements, 256))
-
-
-def torch_offset(device: torch.device, elements: int) -> int:
-    """What such a draw adds to the offset of torch's generator."""
-    return 4 * ceil_div(elements, 4 * torch_grid(device, elements))
-
-
 def sampling_launches(
     dtype: torch.dtype, device: torch.device, *, logits: Tensor, noise: Tensor | None, ras_noise: Tensor | None,
     window: Window, ids: Tensor | None, temperature: Tensor, top_p: Tensor, repetition_penalty: Tensor, top_k: Tensor,

@@ -8,6 +8,7 @@ from s1kernels.backends.triton.support import available
 if available() is None:
     from s1kernels.backends.triton import (  # noqa: F401  they enter themselves into the registry
         attention_decode,
+        decode_frame,
         embed_frame,
         linear_residual,
         qk_norm_rotary_append,

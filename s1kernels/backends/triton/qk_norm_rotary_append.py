@@ -26,7 +26,7 @@ def put(to, even, odd, i, D):
     tl.store(to + 2 * i + 1, odd.to(to.dtype.element_ty), mask=2 * i < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def qk_norm_rotary_append_kernel(
     qkv, q_norm_weight, k_norm_weight, cos_sin, position, k_cache, v_cache, out, T, H, G, D, S, eps,
     PAIRS: tl.constexpr,

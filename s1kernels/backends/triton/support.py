@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from s1kernels.backends.cuda import support as cuda
+from s1kernels.backends.cuda.launch import programmatic as cuda_programmatic
 
 OLDEST = (3, 2)
 """The oldest release of Triton whose language the kernels keep to."""
@@ -42,15 +43,39 @@ def supports(*args: Any) -> str | None:
     return next((reason for tensor in cuda.tensors_of(args) if (reason := cuda.unfit(tensor))), None)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
-    """Enqueue a kernel on the device's current stream. An empty grid is nothing to do."""
+def programmatic(device: torch.device) -> bool:
+    """Whether a kernel may be launched with PDL: to start, and load its weights, before its predecessor ends."""
+    from s1kernels.backends.triton.pdl import LANGUAGE_HAS_IT
+
+    return device.type == "cuda" and LANGUAGE_HAS_IT and cuda_programmatic(device)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, pdl: bool | None = None, **options: Any
+) -> None:
+    """Enqueue a kernel on the device's current stream. An empty grid is nothing to do.
+
+    Args:
+        pdl: the kernel's PDL, and with it how it is launched; None for a kernel that has none.
+    """
     if 0 in grid:
         return
+    if pdl is not None:
+        options["PDL"] = pdl
+    if pdl:
+        options["launch_pdl"] = True
+    enqueue(kernel, grid, device, args, options)
+
+
+def enqueue(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    """Hand a launch to Triton."""
     if device.type != "cuda":
         kernel[grid](*args, **options)
         return
     with torch.cuda.device(device):
-        kernel[grid](*args, **options)
+        kernel[grid](*args, enable_fp_fusion=True, **options)
 
 
 def power_of_2(n: int) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from s1kernels.backends.cuda.sample_token import torch_grid, torch_offset
 from s1kernels.model.config import DualARConfig
 from s1kernels.sampling import Rows
 
@@ -59,3 +59,14 @@ class Draws:
             state=state, ras_offset=self._ras_offset, fast_offsets=self._fast_offsets,
             main_threads=self._main_threads, fast_threads=self._fast_threads, uniform=self._uniform,
         )  # fmt: skip
+
+
+def torch_grid(device: torch.device, elements: int) -> int:
+    """Threads of the grid that torch's `exponential_` and `uniform_` launch for a float32 tensor (`rng_threads`)."""
+    gpu = torch.cuda.get_device_properties(device)
+    return 256 * min(gpu.multi_processor_count * (gpu.max_threads_per_multi_processor // 256), -(-elements // 256))
+
+
+def torch_offset(device: torch.device, elements: int) -> int:
+    """What such a draw adds to the offset of torch's generator."""
+    return 4 * -(-elements // (4 * torch_grid(device, elements)))
