@@ -1,7 +1,7 @@
 """The hand-written CUDA kernels, csrc/cuda/<op>.cu: one module an op, and how kernels are found and launched.
 
 support.py: what the kernels can take. providers.py: who gives the code of a kernel (compiled, cubin, nvrtc).
-launch.py: arguments and attributes of a launch. frame_graph.py: frame after frame as one CUDA graph.
+launch.py: arguments and attributes of a launch. frame_graph.py: a frame's launches as a CUDA graph.
 """
 
 from s1kernels.backends.cuda import (

@@ -1,6 +1,7 @@
 """The Triton kernels: one module an op. For Linux, WSL2 and triton-windows, without a CUDA toolkit.
 
-support.py: whether Triton can serve, and how kernels are launched. project.py: what the projections share.
+support.py: whether Triton can serve, and how kernels are launched. tuning.py: how large their pieces are. pdl.py: how a
+kernel starts before its predecessor ends. project.py, rotary.py, draw.py, rng.py: what several kernels share.
 """
 
 from s1kernels.backends.triton.support import available
