@@ -1,8 +1,8 @@
 """Builds s1kernels._C from csrc/build.json with torch's BuildExtension; without torch or a compiler, pure Python.
 
 S1KERNELS_BUILD is auto (the default: with CUDA kernels if there is a GPU and a CUDA toolkit), cuda (an error without
-them), cpu (none of them) or none (pure Python). They are compiled for TORCH_CUDA_ARCH_LIST, else for the GPUs here,
-else for every GPU.
+them), cpu (none of them), none (pure Python) or cubin (the wheel for all systems: pure Python, with CUDA kernels that
+NVRTC made). Compiled kernels are for TORCH_CUDA_ARCH_LIST, else for the GPUs here, else for every GPU.
 S1KERNELS_REQUIRE_NATIVE=1 makes the absence of the native module an error.
 What was built, or why it was not, goes to s1kernels/_build_info.json, which `s1kernels info` prints.
 """
@@ -27,6 +27,7 @@ INFO = {"native": False, "reason": "", "compiler": "", "flags": [], "isa": []}
 INFO |= {"cuda": "", "cuda_reason": "", "architectures": [], "torch": ""}
 INFO |= {"python": platform.python_version(), "platform": platform.platform()}
 WANTED = os.environ.get("S1KERNELS_BUILD") or "auto"
+FROM_SOURCES = "`pip install --force-reinstall --no-deps --no-cache-dir .` from the sources"
 
 
 def find_gaps(compiler, flags) -> list[str]:
@@ -96,13 +97,17 @@ def cuda_arguments(torch, cpp_extension, compiler_type: str) -> dict:
 
 def native_module() -> dict:
     """The arguments of setup() for the native module; if there can be none, INFO says why."""
-    if WANTED not in ("auto", "cuda", "cpu", "none"):
-        sys.exit(f"s1kernels: S1KERNELS_BUILD must be auto, cuda, cpu or none, got {WANTED!r}")
+    if WANTED not in ("auto", "cuda", "cpu", "none", "cubin"):
+        sys.exit(f"s1kernels: S1KERNELS_BUILD must be auto, cuda, cpu, none or cubin, got {WANTED!r}")
+    if WANTED == "cubin":
+        INFO["reason"] = INFO["cuda_reason"] = f"the wheel for all systems has no native module; {FROM_SOURCES}"
+        INFO.update(python="", platform="")  # it is the same wherever it was made
+        return {}
     compiler = ccompiler.new_compiler()
     sysconfig.customize_compiler(compiler)
     flags = CONFIG["flags"][compiler.compiler_type]
     if gaps := ["left out by S1KERNELS_BUILD=none"] if WANTED == "none" else find_gaps(compiler, flags):
-        gaps.append("mend that, then `pip install --force-reinstall --no-deps --no-cache-dir .` from the sources")
+        gaps.append(f"mend that, then {FROM_SOURCES}")
         INFO["reason"] = INFO["cuda_reason"] = "; ".join(gaps)
         return {}
     import pybind11
@@ -149,11 +154,26 @@ class WriteBuildInfo(Command):
             shutil.rmtree(package / "csrc", ignore_errors=True)
             shutil.copytree("csrc/cuda", package / "csrc/cuda", ignore=shutil.ignore_patterns("*.cpp", "*.h"))
         package.joinpath("_build_info.json").write_text(json.dumps(INFO, indent=2) + "\n")
+        if WANTED == "cubin":
+            self.write_cubins(package / "cubin")
         outcome = f"PURE PYTHON: {INFO['reason']}" if INFO["reason"] else f"native, built by {INFO['compiler']}"
         if not INFO["reason"]:
             compiled = f"compiled by CUDA {INFO['cuda']} for {', '.join(INFO['architectures'])}"
             outcome += f"; CUDA kernels {compiled if INFO['cuda'] else 'left out: ' + INFO['cuda_reason']}"
         print(f"s1kernels: {outcome}", file=sys.stderr)
+
+    def write_cubins(self, folder):
+        if self.editable_mode:
+            sys.exit("s1kernels: S1KERNELS_BUILD=cubin makes wheels; an editable install compiles kernels at first use")
+        sys.path.append("_build")
+        import cubins
+
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            count = cubins.write(folder, CONFIG["cuda"])
+        except RuntimeError as error:
+            sys.exit(f"s1kernels: S1KERNELS_BUILD=cubin cannot be met: {error}")
+        print(f"s1kernels: {count} CUDA sources compiled by NVRTC {CONFIG['cuda']['nvrtc']}", file=sys.stderr)
 
 
 arguments = {} if {"egg_info", "dist_info", "sdist"} & set(sys.argv) else native_module()

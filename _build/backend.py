@@ -3,13 +3,16 @@
 An isolated build hides that environment, and naming torch in build-system.requires would download another torch.
 So torch is looked for where the user keeps it, and what is found is appended to sys.path: the isolated setuptools,
 ninja and pybind11 keep winning. setup.py decides what a missing torch means.
+The wheel for all systems (S1KERNELS_BUILD=cubin) needs no torch, and is the same in every byte whoever builds it.
 """
 
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +24,7 @@ import importlib.util, json, sys
 spec = importlib.util.find_spec("torch")
 print(json.dumps([bool(spec and spec.origin), sys.version_info[:2], [p for p in sys.path if p]]))
 """
+FOR_ALL_SYSTEMS = os.environ.get("S1KERNELS_BUILD") == "cubin"
 PYTHON = Path("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
@@ -63,9 +67,30 @@ def expose_torch() -> None:
             return
 
 
+def get_requires_for_build_wheel(config_settings=None):
+    version = json.loads(Path("csrc/build.json").read_text())["cuda"]["nvrtc"]
+    return [f"nvidia-cuda-nvrtc-cu12=={version}"] if FOR_ALL_SYSTEMS else []
+
+
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
     expose_torch()
-    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+    if FOR_ALL_SYSTEMS:
+        shutil.rmtree("build/lib", ignore_errors=True)  # modules of earlier builds would go along
+    name = build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+    if FOR_ALL_SYSTEMS:
+        _strip_origin(Path(wheel_directory, name))
+    return name
+
+
+def _strip_origin(wheel: Path) -> None:
+    """Takes times and modes of the builder's files out of a wheel."""
+    with zipfile.ZipFile(wheel) as built:
+        files = [(name, built.read(name)) for name in built.namelist()]
+    with zipfile.ZipFile(wheel, "w") as stripped:
+        for name, data in files:
+            entry = zipfile.ZipInfo(name)  # of 1980
+            entry.create_system, entry.external_attr = 3, 0o100644 << 16
+            stripped.writestr(entry, data, zipfile.ZIP_DEFLATED, compresslevel=9)
 
 
 def build_editable(wheel_directory, config_settings=None, metadata_directory=None):

@@ -22,6 +22,7 @@ import torch
 from packaging.requirements import Requirement
 
 import s1kernels
+from s1kernels.backends.cuda import nvrtc
 from s1kernels.build_info import build_info, source_tree_notice
 
 ROOT = Path(__file__).parents[1]
@@ -258,7 +259,7 @@ def test_cuda_that_cannot_be_built_is_an_error_if_asked_for(
 def test_an_unknown_wish_is_an_error(tree: Path, tmp_path: Path) -> None:
     result = FreshEnvironment(tmp_path / "venv", with_torch=True).pip(tree, S1KERNELS_BUILD="gpu")
     assert result.returncode != 0
-    assert "S1KERNELS_BUILD must be auto, cuda, cpu or none, got 'gpu'" in result.stdout + result.stderr
+    assert "S1KERNELS_BUILD must be auto, cuda, cpu, none or cubin, got 'gpu'" in result.stdout + result.stderr
 
 
 @pytest.mark.build
@@ -267,6 +268,66 @@ def test_sources_that_do_not_compile_are_an_error(tree: Path, tmp_path: Path) ->
     result = FreshEnvironment(tmp_path / "venv", with_torch=True).pip(tree)
     assert result.returncode != 0
     assert "the text of the compiler" in result.stdout + result.stderr
+
+
+ASK_FOR_STUB = """
+from s1kernels.backends.cuda import shipped
+found = shipped.find("stub", (9, 0))
+print(found if isinstance(found, str) else f"{found[0]['file']} {found[1][:4]}")
+"""
+
+
+@pytest.mark.build
+def test_the_wheel_for_all_systems(tree: Path, tmp_path: Path) -> None:
+    """The same bytes wherever it is built; installed without a compiler; what it ships is used unless it is changed."""
+    pytest.importorskip("setuptools", minversion="77")
+    use_cuda_stub(tree)
+    version = "{}.{}.0".format(*nvrtc.nvrtc_for((9, 0)).version)
+    config = json.loads(tree.joinpath("csrc/build.json").read_text())
+    config["cuda"] |= {"nvrtc": version, "architectures": ["7.5", "9.0"]}
+    tree.joinpath("csrc/build.json").write_text(json.dumps(config))
+    elsewhere = Path(shutil.copytree(tree, tmp_path / "else/where", copy_function=shutil.copy))  # new times
+    elsewhere.joinpath("build/lib/s1kernels").mkdir(parents=True)
+    elsewhere.joinpath("build/lib/s1kernels/old.py").write_text("")
+    elsewhere.joinpath("csrc/cuda/stub.cu").chmod(0o600)
+    code = "import sys; sys.path.insert(0, '_build'); import backend; backend.build_wheel('dist')"
+    for place in (tree, elsewhere):
+        env = environment(S1KERNELS_BUILD="cubin", **NO_COMPILER)
+        done = subprocess.run([sys.executable, "-c", code], cwd=place, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert f"3 CUDA sources compiled by NVRTC {version}" in done.stderr
+    (wheel,) = tree.glob("dist/*.whl")
+    assert wheel.name == f"s1kernels-{s1kernels.__version__}-py3-none-any.whl"
+    assert wheel.read_bytes() == elsewhere.joinpath("dist", wheel.name).read_bytes()
+
+    fresh = FreshEnvironment(tmp_path / "venv", with_torch=True)
+    result = fresh.pip("--no-index", wheel, **NO_COMPILER)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "the wheel for all systems" in fresh.installed_info()["cuda_reason"]
+    package = fresh.site / "s1kernels"
+    made = {path.name for path in package.glob("cubin/*")}
+    assert made == {"stub.75.cubin", "stub.90.cubin", "stub.90.ptx", "manifest.json"}
+    assert fresh.run(ASK_FOR_STUB) == r"stub.90.cubin b'\x7fELF'"
+    cubin = package / "cubin/stub.90.cubin"
+    cubin.write_bytes(cubin.read_bytes()[:-1])
+    assert "stub.90.cubin is damaged" in fresh.run(ASK_FOR_STUB)
+    package.joinpath("csrc/cuda/device/convert.cuh").open("a").write("// changed\n")
+    assert "stub.90.cubin was not made from the stub.cu of this package" in fresh.run(ASK_FOR_STUB)
+
+
+@pytest.mark.build
+def test_the_wheel_for_all_systems_needs_its_nvrtc(tree: Path) -> None:
+    config = tree / "csrc/build.json"
+    config.write_text(re.sub(r'"nvrtc": "[\d.]+"', '"nvrtc": "11.1.74"', config.read_text()))
+    code = """
+import sys; sys.path.insert(0, '_build')
+import backend; print(backend.get_requires_for_build_wheel()); backend.build_wheel('dist')
+"""
+    env = environment(S1KERNELS_BUILD="cubin")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "['nvidia-cuda-nvrtc-cu12==11.1.74']" in done.stdout
+    assert "NVRTC 11.1.74 is needed (pip install nvidia-cuda-nvrtc-cu12==11.1.74); found: NVRTC" in done.stderr
 
 
 @pytest.mark.build

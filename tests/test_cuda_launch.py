@@ -14,7 +14,7 @@ import threading
 import pytest
 import torch
 
-from s1kernels.backends.cuda import driver, launch, providers, sources
+from s1kernels.backends.cuda import driver, dtypes, launch, providers, sources
 from s1kernels.backends.cuda.launch import Kernel, current_stream
 from s1kernels.registry import BackendError
 
@@ -319,7 +319,7 @@ def test_a_kernel_runs(scale, monkeypatch, native, shared):
     if native and _C is None:
         pytest.skip("s1kernels._C was not built")
     monkeypatch.setattr(launch, "_C", _C if native else None)
-    for dtype in sources.DTYPES if launch.capability(CUDA) >= (8, 0) else (torch.float32, torch.float16):
+    for dtype in dtypes.NAMES if launch.capability(CUDA) >= (8, 0) else (torch.float32, torch.float16):
         values = arguments(dtype)
         scale(dtype, CUDA, grid=4, shared=shared, **values)
         assert torch.equal(values["out"], values["x"] * 2)

@@ -102,13 +102,13 @@ def torch_facts() -> dict[str, Any]:
 
 
 def cuda_facts() -> dict[str, Any]:
-    """The NVIDIA driver, the NVRTC that is found first, and who serves the CUDA kernels on each GPU."""
+    """The NVIDIA driver, every NVRTC, and who serves the CUDA kernels on each GPU."""
     facts: dict[str, Any] = {"kernels": providers.unavailable() or "available", "provider": providers.choice()}
     try:
         facts["driver"] = "for CUDA {}.{}".format(*driver.driver().version)
     except BackendError as error:
         facts["driver"] = str(error)
-    facts["nvrtc"] = str(next(nvrtc.installed(), "none"))
+    facts["nvrtc"] = list(map(str, nvrtc.found())) or ["none"]
     facts["sources"], facts["cache"] = str(sources.folder()), str(cache.directory())
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)

@@ -11,11 +11,16 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import platformdirs
 
 logger = logging.getLogger("s1kernels")
+
+T = TypeVar("T")
 
 _DIGEST = hashlib.sha256().digest_size
 _warned: set[Path] = set()
@@ -36,7 +41,7 @@ def load(name: str) -> bytes | None:
     """What was stored under this name, or None."""
     path = _path(name)
     try:
-        entry = path.read_bytes()
+        entry = _patiently(path.read_bytes)
     except OSError:
         return None
     digest, data = entry[:_DIGEST], entry[_DIGEST:]
@@ -57,25 +62,24 @@ def store(name: str, data: bytes) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
             temporary = Path(file.name)
             file.write(hashlib.sha256(data).digest() + data)
-        _replace(temporary, path)
+        _patiently(partial(os.replace, temporary, path))
     except OSError as error:
         if temporary:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
         if path.parent not in _warned:
             _warned.add(path.parent)
             advice = "S1KERNELS_CACHE_DIR names another folder"
             logger.warning("kernels are compiled at every start: %s; %s", error, advice)
 
 
-def _replace(temporary: Path, path: Path, tries: int = 5) -> None:
-    """Put a file in another's place at once. On Windows this fails for as long as another process reads it."""
-    for attempt in range(tries):
-        try:
-            return os.replace(temporary, path)
-        except PermissionError:
-            if attempt == tries - 1:
-                raise
-            time.sleep(0.02 * 2**attempt)
+def _patiently(action: Callable[[], T], tries: int = 5) -> T:
+    """Do something to a file that on Windows fails for as long as another process, such as a virus scanner, has it."""
+    for attempt in range(tries - 1):
+        with contextlib.suppress(PermissionError):
+            return action()
+        time.sleep(0.02 * 2**attempt)
+    return action()
 
 
 def _path(name: str) -> Path:

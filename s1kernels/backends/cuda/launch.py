@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s1kernels.backends.cuda import driver, providers
+from s1kernels.backends.cuda import driver, dtypes, providers
 from s1kernels.backends.cuda.device import capability, current_stream, index_of, multiprocessors
-from s1kernels.backends.cuda.sources import DTYPES
 
 try:
     from s1kernels import _C
@@ -91,7 +90,7 @@ class Kernel:
             self._prepare(function, index, shared)
         whole_grid = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
         pdl = pdl and programmatic(device)
-        name, block = f"{self.name}_{DTYPES[dtype]}", (self.block, 1, 1)
+        name, block = f"{self.name}_{dtypes.NAMES[dtype]}", (self.block, 1, 1)
         create = driver.Launch if _C is None else _C.Launch
         launch = create(name, function, driver.context(index), whole_grid, block, shared, pdl, cooperative, args)
         return Launch(launch.enqueue, tensors)

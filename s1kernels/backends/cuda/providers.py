@@ -1,7 +1,7 @@
 """Where CUDA kernels come from. Three providers, tried in this order:
 
     compiled  in s1kernels._C, if `pip install .` found a CUDA toolkit
-    cubin     shipped with the package, made by NVRTC from the sources that it ships
+    cubin     shipped in the wheel for all systems (`shipped`), made by NVRTC from the sources that it ships
     nvrtc     compiled at first use from those sources, and kept on disk (`cache`)
 
 S1KERNELS_CUDA_PROVIDER, or `use_provider` in code, names the one to take; if that cannot serve, BackendError says why.
@@ -10,7 +10,6 @@ S1KERNELS_CUDA_PROVIDER, or `use_provider` in code, names the one to take; if th
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import threading
@@ -18,15 +17,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from functools import cache
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from s1kernels.backends.cuda import cache as disk
-from s1kernels.backends.cuda import driver, nvrtc, sources
+from s1kernels.backends.cuda import driver, dtypes, nvrtc, shipped, sources
+from s1kernels.backends.cuda.arch import dotted, runs
 from s1kernels.backends.cuda.device import capability, index_of
-from s1kernels.backends.cuda.sources import DTYPES, MASKS, Source
+from s1kernels.backends.cuda.sources import Source
 from s1kernels.build_info import build_info
 from s1kernels.registry import BackendError
 
@@ -38,8 +37,6 @@ except ImportError:
 logger = logging.getLogger("s1kernels")
 
 OLDEST = (7, 5)
-CUBINS = Path(__file__).parents[2] / "cubin"
-"""Shipped cubins; manifest.json lists {"file", "source", "digest", "arch", "nvrtc"} of each."""
 
 Functions = Callable[[str], int]
 """The name of a kernel with its dtype -> its CUfunction."""
@@ -60,10 +57,10 @@ class CompiledProvider:
         info = build_info()
         if _C is None or not _C.cuda_kernels():
             return f"not built: {info.cuda_reason or info.reason or 'see `s1kernels info`'}"
-        if info.architectures and not any(_runs(built, arch) for built in info.architectures):
-            return f"built for {', '.join(info.architectures)}, not for {_dotted(arch)} (see TORCH_CUDA_ARCH_LIST)"
+        if info.architectures and not any(runs(built, arch) for built in info.architectures):
+            return f"built for {', '.join(info.architectures)}, not for {dotted(arch)} (see TORCH_CUDA_ARCH_LIST)"
         if info.cuda and int(info.cuda.split(".")[0]) > driver.driver().version[0]:
-            return f"built by CUDA {info.cuda}; the driver is for CUDA {_dotted(driver.driver().version)}"
+            return f"built by CUDA {info.cuda}; the driver is for CUDA {dotted(driver.driver().version)}"
         return None
 
     def load(self, source: str, dtype: torch.dtype, device: int, arch: tuple[int, int]) -> tuple[Functions, str]:
@@ -75,30 +72,22 @@ class CompiledProvider:
 
 
 class CubinProvider:
-    """Cubins that the package ships."""
+    """What the package ships."""
 
     def refusal(self, source: str | None, arch: tuple[int, int]) -> str | None:
-        entry = self._entry(source, arch)
-        return entry if isinstance(entry, str) else None
+        found = shipped.find(source, arch)
+        return found if isinstance(found, str) else None
 
     def load(self, source: str, dtype: torch.dtype, device: int, arch: tuple[int, int]) -> tuple[Functions, str]:
-        entry = self._entry(source, arch)
-        if isinstance(entry, str):
-            raise BackendError(entry)
-        module = driver.Module(CUBINS.joinpath(entry["file"]).read_bytes(), device, origin=entry["file"])
-        return module.function, f"shipped, by NVRTC {entry['nvrtc']}"
-
-    def _entry(self, source: str | None, arch: tuple[int, int]) -> dict[str, str] | str:
-        """The entry of the manifest that serves, or why there is none. Without a source, any entry does."""
-        if not (entries := _manifest(CUBINS)):
-            return "this package ships none"
-        fitting = [e for e in entries if _runs(e["arch"], arch) and source in (None, e["source"])]
-        if not fitting:
-            return f"none for {_dotted(arch)}" + (f" of {source}" if source else "")
-        entry = max(fitting, key=lambda e: _version(e["arch"]))
-        if entry["digest"] != sources.source(entry["source"]).digest:
-            return f"{entry['file']} was not made from the {entry['source']}.cu of this package"
-        return entry
+        found = shipped.find(source, arch)
+        if isinstance(found, str):
+            raise BackendError(found)
+        entry, code = found
+        try:
+            module = driver.Module(code, device, origin=entry["file"])
+        except RuntimeError as error:
+            raise BackendError(f"{error}; S1KERNELS_CUDA_PROVIDER=nvrtc compiles kernels for this driver") from None
+        return module.function, f"shipped for {entry['arch']}, by NVRTC {entry['nvrtc']}"
 
 
 class NvrtcProvider:
@@ -111,7 +100,7 @@ class NvrtcProvider:
         compiler = nvrtc.nvrtc_for(arch, driver.driver().version)
         target = compiler.target(arch)
         assert target is not None  # it was chosen for that
-        cubin = compile_cubin(sources.source(source), MASKS[dtype], compiler, target)
+        cubin = compile_cubin(sources.source(source), dtypes.MASKS[dtype], compiler, target)
         return driver.Module(cubin, device, origin=f"{source}.cu for sm_{target} by {compiler}").function, str(compiler)
 
 
@@ -147,7 +136,7 @@ def provider(source: str, dtype: torch.dtype, device: torch.device) -> str:
         if (reason := PROVIDERS[name].refusal(source, arch)) is None:
             return name
         reasons[name] = reason
-    raise BackendError(f"no CUDA kernels of {source}.cu for compute capability {_dotted(arch)}: {_listed(reasons)}")
+    raise BackendError(f"no CUDA kernels of {source}.cu for compute capability {dotted(arch)}: {_listed(reasons)}")
 
 
 def function(source: str, name: str, dtype: torch.dtype, device: torch.device) -> int:
@@ -155,7 +144,7 @@ def function(source: str, name: str, dtype: torch.dtype, device: torch.device) -
     key = (source, name, dtype, index_of(device), choice())
     if (found := _functions.get(key)) is None:
         functions = _load(provider(source, dtype, device), source, dtype, index_of(device))
-        found = _functions[key] = functions(f"{name}_{DTYPES[dtype]}")
+        found = _functions[key] = functions(f"{name}_{dtypes.NAMES[dtype]}")
     return found
 
 
@@ -186,17 +175,19 @@ def unavailable() -> str | None:
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     fit = [device for device in devices if capability(device) >= OLDEST]
     if not fit:
-        return f"every GPU is of a compute capability before {_dotted(OLDEST)}"
-    offers = [available(device) for device in fit]
-    return None if any(None in offer.values() for offer in offers) else _listed(offers[0])
+        return f"every GPU is of a compute capability before {dotted(OLDEST)}"
+    arches = {capability(device) for device in fit}
+    if any(each.refusal(None, arch) is None for arch in arches for each in PROVIDERS.values()):
+        return None
+    return _listed(available(fit[0]))
 
 
 def compile_cubin(source: Source, mask: int, compiler: nvrtc.Nvrtc, arch: int) -> bytes:
     """A source's kernels of the dtypes in `mask`, from the disk cache or compiled."""
-    options = [f"--gpu-architecture=sm_{arch}", "--std=c++17", f"-DS1_DTYPES={mask}"]
-    key = disk.key(source.text, *options, _dotted(compiler.version))
+    options = sources.options(arch, mask)
+    key = disk.key(source.text, *options, dotted(compiler.version))
     if (cubin := disk.load(key)) is None:
-        cubin = compiler.compile(source.text, f"{source.name}.cu", options).cubin
+        cubin = compiler.compile(source.text, f"{source.name}.cu", options).code
         disk.store(key, cubin)
     return cubin
 
@@ -220,32 +211,9 @@ def _load(name: str, source: str, dtype: torch.dtype, device: int) -> Functions:
 def _nvrtc_refusal(arch: tuple[int, int]) -> str | None:
     try:
         nvrtc.nvrtc_for(arch, driver.driver().version)
-    except BackendError as error:
+    except nvrtc.NvrtcError as error:
         return str(error)
     return None
-
-
-@cache
-def _manifest(folder: Path) -> list[dict[str, str]]:
-    path = folder / "manifest.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-
-
-def _runs(built: str, arch: tuple[int, int]) -> bool:
-    """Whether code for "8.6", "9.0a" or "8.6+PTX" runs on a GPU: on later minor versions of it too, with an "a" on no
-    other, PTX on all later GPUs."""
-    version = _version(built)
-    if built.endswith("a"):
-        return version == arch
-    return version <= arch and (version[0] == arch[0] or built.endswith("+PTX"))
-
-
-def _version(dotted: str) -> tuple[int, ...]:
-    return tuple(map(int, dotted.removesuffix("+PTX").rstrip("af").split(".")))
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
 
 
 def _listed(reasons: dict) -> str:

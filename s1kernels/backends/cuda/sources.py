@@ -1,4 +1,7 @@
-"""The CUDA sources that the package ships, each as one text with its headers in place of the #include lines."""
+"""The CUDA sources that the package ships, each as one text with its headers in place of the #include lines.
+
+_build/cubins.py loads this file by itself, without torch.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,6 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-
-import torch
-
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-"""dtype -> the suffix of its kernels."""
-MASKS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 4}
-"""dtype -> its bit in S1_DTYPES (csrc/cuda/device/kernel.cuh)."""
 
 _PACKAGE = Path(__file__).parents[2]
 _INCLUDE = re.compile(r'^#include "([^"]+)"$')
@@ -42,6 +38,17 @@ def names() -> list[str]:
 def source(name: str) -> Source:
     """csrc/cuda/<name>.cu."""
     return read(folder() / f"{name}.cu")
+
+
+def options(arch: int, dtypes: int | None = None, *, ptx: bool = False) -> list[str]:
+    """What NVRTC is given to compile for sm_<arch>, or to PTX.
+
+    Args:
+        dtypes: S1_DTYPES of csrc/cuda/device/kernel.cuh; every dtype that the GPU has if there is none.
+    """
+    if dtypes is None:
+        dtypes = 7 if arch >= 80 else 5  # bfloat16 came with 8.0
+    return [f"--gpu-architecture={'compute' if ptx else 'sm'}_{arch}", "--std=c++17", f"-DS1_DTYPES={dtypes}"]
 
 
 def read(path: Path) -> Source:
