@@ -41,7 +41,7 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
         "compute_capability": "{}.{}".format(*capability(device)),
         "multiprocessors": multiprocessors(device),
         "memory_bytes": properties.total_memory,
-        "driver": _driver(),
+        "driver": driver_version(),
         "provider": provider(device),
     }
 
@@ -56,7 +56,7 @@ def provider(device: torch.device) -> str:
         return f"none: {error}"
 
 
-def _driver() -> str:
+def driver_version() -> str:
     """The NVIDIA driver's own version, else the CUDA version that it is for."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from enum import IntEnum
 from functools import cache
 
 from s1kernels.registry import BackendError
@@ -14,8 +15,18 @@ OLDEST = (12, 0)
 
 _LIBRARY = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 _COOPERATIVE, _PROGRAMMATIC_STREAM_SERIALIZATION = 2, 6  # CUlaunchAttributeID
-_MAX_DYNAMIC_SHARED, _MAX_SHARED_OPTIN = 8, 97  # CUfunction_attribute, CUdevice_attribute
+_MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
 _RAN_BEFORE = range(700, 720)  # errors of a kernel that ran before the call
+
+
+class Attribute(IntEnum):
+    """CUdevice_attribute: what can be asked about a GPU."""
+
+    MULTIPROCESSORS = 16
+    EXEC_TIMEOUT = 17  # the system ends kernels that take too long
+    MAJOR, MINOR = 75, 76  # of the compute capability
+    COOPERATIVE_LAUNCH = 95
+    MAX_SHARED_OPTIN = 97  # bytes of shared memory a block
 
 
 class _Attribute(ctypes.Structure):
@@ -68,6 +79,26 @@ class Driver:
 
 driver = cache(Driver)
 """The driver, loaded once."""
+
+
+@cache
+def attribute(device: int, which: Attribute) -> int:
+    """What the driver says about a GPU."""
+    value = c_int()
+    driver()("cuDeviceGetAttribute", byref(value), c_int(which), c_int(device))
+    return value.value
+
+
+def gpus() -> list[str]:
+    """The names of the GPUs, in the driver's order, which is torch's."""
+    count = c_int()
+    driver()("cuDeviceGetCount", byref(count))
+    names = []
+    for device in range(count.value):
+        name = ctypes.create_string_buffer(256)
+        driver()("cuDeviceGetName", name, c_int(len(name)), c_int(device))
+        names.append(name.value.decode())
+    return names
 
 
 @cache
@@ -125,9 +156,8 @@ def load_function(function: int, device: int) -> int | None:
 
 def allow_shared(function: int, device: int, shared: int, *, name: str) -> None:
     """Let a kernel be launched with more than 48 KB of dynamic shared memory."""
-    most = c_int()
-    driver()("cuDeviceGetAttribute", byref(most), c_int(_MAX_SHARED_OPTIN), c_int(device))
-    about = f"kernel {name}: {shared} bytes of shared memory, where a block has {most.value} at most"
+    most = attribute(device, Attribute.MAX_SHARED_OPTIN)
+    about = f"kernel {name}: {shared} bytes of shared memory, where a block has {most} at most"
     with Current(context(device)):
         driver()("cuFuncSetAttribute", c_void_p(function), c_int(_MAX_DYNAMIC_SHARED), c_int(shared), about=about)
 

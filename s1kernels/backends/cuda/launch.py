@@ -29,7 +29,7 @@ __all__ = ["KERNELS", "Kernel", "Launch", "capability", "current_stream", "multi
 KERNELS: list[Kernel] = []
 """Every kernel, in the order of definition."""
 
-_PDL_CAPABILITY, _PDL_DRIVER = (9, 0), (12, 3)
+PDL_CAPABILITY, PDL_DRIVER = (9, 0), (12, 3)
 _SHARED_BYTES = 48 * 1024  # what every kernel may have without asking
 _allowed: dict[int, int] = {}  # CUfunction -> bytes of dynamic shared memory asked for
 _lock = threading.Lock()
@@ -140,4 +140,4 @@ class Kernel:
 
 def programmatic(device: torch.device) -> bool:
     """Whether GPU and driver let a kernel start before its predecessor in the stream ends."""
-    return capability(device) >= _PDL_CAPABILITY and driver.driver().version >= _PDL_DRIVER
+    return capability(device) >= PDL_CAPABILITY and driver.driver().version >= PDL_DRIVER

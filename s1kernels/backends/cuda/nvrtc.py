@@ -141,9 +141,14 @@ def load(path: str) -> Nvrtc | str:
 
 def found() -> Iterator[Nvrtc | str]:
     """Every NVRTC here, or why it does not load."""
+    versions = set()
     for path in candidates():
-        loaded = load(path)
-        if isinstance(loaded, Nvrtc) or os.path.isabs(path):  # else the system's loader knows none
+        loaded, by_name = load(path), not os.path.isabs(path)
+        if isinstance(loaded, str):
+            if not by_name:  # else the system's loader knows none
+                yield loaded
+        elif not by_name or loaded.version not in versions:  # else it is one of those before
+            versions.add(loaded.version)
             yield loaded
 
 

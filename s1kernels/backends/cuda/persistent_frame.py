@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s1kernels.backends.cuda import driver
+from s1kernels.backends.cuda.device import index_of
 from s1kernels.backends.cuda.launch import Kernel, Launch, capability, multiprocessors
 from s1kernels.backends.cuda.support import HALVES
 from s1kernels.model.config import DualARConfig, StackConfig
@@ -85,6 +87,9 @@ def refusal(config: DualARConfig, weights: Weights, head: Tensor, fast_rows: int
     reasons = {
         f"the GPU has compute capability {capability(device)}; it needs 9.0": capability(device) < (9, 0),
         f"the GPU has {multiprocessors(device)} SMs; it needs {BLOCKS}": multiprocessors(device) < BLOCKS,
+        "driver and GPU have no cooperative launches": not driver.attribute(
+            index_of(device), driver.Attribute.COOPERATIVE_LAUNCH
+        ),
         "the GPU has too little shared memory a block": facts.shared_memory_per_block_optin < SHARED_BYTES,
         f"the dtype is {head.dtype}; it needs a 16-bit one": head.dtype not in HALVES,
         f"the stacks have other proportions than S1-mini's: {shape}": shape != (1024, 16, 8, 128, 1024, 16, 8, 64),

@@ -157,7 +157,12 @@ def prepare(names: list[str], dtype: torch.dtype, device: torch.device) -> None:
 
 def available(device: torch.device) -> dict[str, str | None]:
     """Provider -> why it has no kernels for this device, or None."""
-    return {name: PROVIDERS[name].refusal(None, capability(device)) for name in PROVIDERS}
+    return offers(None, capability(device))
+
+
+def offers(source: str | None, arch: tuple[int, int]) -> dict[str, str | None]:
+    """Provider -> why it has no kernels of a source (None: of any) for a compute capability, or None."""
+    return {name: each.refusal(source, arch) for name, each in PROVIDERS.items()}
 
 
 @cache
