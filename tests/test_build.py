@@ -168,6 +168,15 @@ def test_every_native_source_is_listed() -> None:
     assert sorted(listed) == sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.cpp"))
 
 
+def test_paths_are_short_enough_for_windows() -> None:
+    """ninja takes 260 characters at most. The longest are object files of a build in a temporary folder."""
+    temporary = r"C:\Users\somebody with a name\AppData\Local\Temp\pip-install-abcdefgh"
+    build = rf"{temporary}\s1kernels_{'0' * 32}\build\temp.win-amd64-cpython-313\Release"
+    config = json.loads(ROOT.joinpath("csrc/build.json").read_text())
+    longest = max([*config["sources"], *config["cuda"]["sources"]], key=len)
+    assert len(rf"{build}\{longest}") < 240
+
+
 @pytest.mark.build
 def test_with_torch_and_compiler_the_module_is_native(tree: Path, tmp_path: Path) -> None:
     compile_fast(tree)

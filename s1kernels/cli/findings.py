@@ -51,8 +51,9 @@ def software() -> list[Finding]:
     if not cuda and _driver_error() is None:
         has_torch = Finding("torch", has_torch.value, "problem", f"there is an NVIDIA driver: {GET_TORCH}")
     elif cuda and not torch.cuda.is_available():
-        advice = _driver_error() or "run nvidia-smi: torch finds no GPU that it can use"
-        has_torch = Finding("torch", f"{has_torch.value}, finds no GPU", "problem", advice)
+        state: State = "note" if _driver_error() else "problem"
+        advice = "see the driver, below" if state == "note" else "run nvidia-smi: does it list the GPU?"
+        has_torch = Finding("torch", f"{has_torch.value}, finds no GPU", state, advice)
     triton = triton_available()
     return [
         Finding("s1kernels", f"{s1kernels.__version__} in {Path(s1kernels.__file__).parent}"),
