@@ -26,12 +26,23 @@ OPSET = 18
 EXTRA = 'pip install "s1kernels[onnx]"'
 
 
-class Block(nn.Module):
-    """Layers of the slow stack: x [T, C], position [T] int32 -> x."""
-
-    def __init__(self, model: DualAR, layers: int) -> None:
+class _Part(nn.Module):
+    def __init__(self, model: DualAR, layers: int = 0) -> None:
         super().__init__()
         self.model, self.layers = model, layers
+        weights = model.weights
+        for prefix, of in (
+            ("", weights),
+            *((f"slow_{i}_", layer) for i, layer in enumerate(weights.slow)),
+            *((f"fast_{i}_", layer) for i, layer in enumerate(weights.fast)),
+        ):
+            for name, value in vars(of).items():
+                if isinstance(value, Tensor):  # a buffer has a name in the file
+                    self.register_buffer(prefix + name, value)
+
+
+class Block(_Part):
+    """Layers of the slow stack: x [T, C], position [T] int32 -> x."""
 
     def forward(self, x: Tensor, position: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         slow, table = self.model.weights.slow[: self.layers], self.model.weights.cos_sin
@@ -39,13 +50,9 @@ class Block(nn.Module):
         return self.model.stack(x, slow, table, position, k, v), *caches
 
 
-class SlowStep(nn.Module):
+class SlowStep(_Part):
     """One frame: tokens [1, N+1] int32, position [1] int32 -> logits [1, V] float32, and hidden [1, C] for the fast
     step."""
-
-    def __init__(self, model: DualAR) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, tokens: Tensor, position: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         config, weights = self.model.config, self.model.weights
@@ -54,12 +61,8 @@ class SlowStep(nn.Module):
         return logits, normed if config.norm_fast_input else x, *caches
 
 
-class FastStep(nn.Module):
+class FastStep(_Part):
     """One codebook: position 0 reads hidden [1, C], a later one the last code [1] int32 -> logits [1, K'] float32."""
-
-    def __init__(self, model: DualAR) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, hidden: Tensor, code: Tensor, position: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         config, weights = self.model.config, self.model.weights
@@ -92,7 +95,7 @@ def module(
         return torch.zeros(shape, dtype=torch.int32, device=weights.norm.device)
 
     x = weights.norm.new_zeros(rows, config.slow.dim)
-    made: nn.Module
+    made: _Part
     if part == "block":
         made, inputs, outputs = Block(model, layers), {"x": x, "position": ints(rows)}, ["y"]
         caches = _caches(config.slow, layers, capacity, x)

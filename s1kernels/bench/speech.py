@@ -1,0 +1,49 @@
+"""Texts of several lengths spoken: frames, seconds of audio, generation time, real-time factor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from s1kernels.bench import timing
+from s1kernels.bench.runners import Runner, require
+from s1kernels.cli.demo import FRAMES_PER_SECOND
+
+CHARACTERS = (12, 44, 233, 512)
+CHARACTERS_PER_SECOND = 15  # of English read aloud, some 150 words a minute
+CHARACTERS_PER_TOKEN = 4
+REFERENCE_FRAMES = 128  # of the voice that is imitated, which stand in the prompt
+TOKENS_PER_FRAME = 4
+"""How the tokens a second of the project's first table count: 46.6 of them were 0.54 times real time."""
+
+
+def lengths(characters: int) -> tuple[int, int]:
+    """Frames of the prompt, and frames of the speech, of a text."""
+    seconds = characters / CHARACTERS_PER_SECOND
+    return REFERENCE_FRAMES + -(-characters // CHARACTERS_PER_TOKEN), math.ceil(seconds * FRAMES_PER_SECOND)
+
+
+def measure(runner: Runner, text: Tensor, characters: int, count: int) -> dict[str, Any]:
+    """A text's row: the prompt's reading included, once for each of `count` rounds.
+
+    Args:
+        runner: made for a cache that holds prompt and speech.
+        text: [N+1, P] frames, of which the first are the prompt.
+    Raises:
+        Refused: the end token comes too early.
+    """
+    prompt, frames = lengths(characters)
+
+    def speak() -> None:
+        runner.prefill(text[:, : prompt - 1])
+        require(runner, frames, text[:, prompt - 1 : prompt], prompt - 1)
+
+    row = timing.summary(timing.rounds(speak, count, text.device))
+    audio = frames / FRAMES_PER_SECOND
+    return row | {
+        "characters": characters, "prompt": prompt, "frames": frames, "audio_seconds": audio,
+        "real_time_factor": row["seconds"] / audio, "times_real_time": audio / row["seconds"],
+        "tokens_per_second": TOKENS_PER_FRAME * frames / row["seconds"], **runner.facts,
+    }  # fmt: skip
