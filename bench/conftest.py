@@ -21,7 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default=default, help=f"torch device (default here: {default})")
     group.addoption("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     group.addoption("--every-case", action="store_true", help="all cases of the contracts, not only S1-mini's shapes")
-    group.addoption("--compiled", action="store_true", help="torch.compile of the references too, which takes a while")
+    group.addoption("--small", action="store_true", help="a small model: does it run at all?")
+    group.addoption("--compiled", action="store_true", help="torch.compile too, which takes a while")
 
 
 @pytest.fixture(scope="session")

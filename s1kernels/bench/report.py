@@ -28,10 +28,11 @@ p { margin: .5rem 0; max-width: 46rem; }
 .soft, caption, .why { color: var(--soft); }
 .scroll { overflow-x: auto; margin: .75rem 0; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--grid); text-align: left; vertical-align: top; }
+th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--grid); text-align: left; vertical-align: top;
+  white-space: nowrap; }
 th { font-weight: 600; }
-td.number, th.number { text-align: right; white-space: nowrap; }
-td.why { min-width: 14rem; font-style: italic; }
+td.number, th.number { text-align: right; }
+td.why { min-width: 14rem; white-space: normal; font-style: italic; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem;
   margin: 1rem 0; }
 .card { background: var(--card); border-radius: .5rem; padding: .75rem 1rem; font-size: .875rem;
@@ -173,24 +174,26 @@ fast stack's attention to the projection behind it.</p>{_table(heads, rows)}"""
 
 
 def _contexts(results: list[Result]) -> str:
-    rows = []
+    contexts = sorted({row["context"] for result in results for row in result.get("frames", [])})
+    table: list[list[Any]] = []
     for result in results:
-        contexts = sorted({row["context"] for row in result.get("frames", [])})
         by_system: dict[str, dict[int, Row]] = {}
         for row in result.get("frames", []):
             by_system.setdefault(row["system"], {})[row["context"]] = row
         for name, of in by_system.items():
-            if all("refused" in row for row in of.values()):
-                continue
-            cells = [f"{name}, {provenance.machine(result['provenance'])}"]
-            for context in contexts:
-                row = of[context]
-                cells.append(f"{context:,}: {row.get('refused') or time_of(row['seconds'])}")
-            rows.append([cells[0], " · ".join(cells[1:])])
-    if not rows:
+            if any("refused" not in row for row in of.values()):
+                machine = provenance.machine(result["provenance"])
+                table.append([name, *(_time_or_reason(of.get(context)) for context in contexts), machine])
+    if not table:
         return ""
-    table = _table(["system", "time a frame, by positions"], rows)
-    return f"<h2>Speed by context</h2>{_figure('context', results)}{table}"
+    heads = ["a frame after positions", *(f"#{context:,}" for context in contexts), "on"]
+    return f"<h2>Speed by context</h2>{_figure('context', results)}{_table(heads, table)}"
+
+
+def _time_or_reason(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return _Why(row["refused"], span=1) if "refused" in row else time_of(row["seconds"])
 
 
 def _ops(results: list[Result]) -> str:
@@ -282,7 +285,7 @@ def _table(heads: list[str], rows: list[list[Any]]) -> str:
     lines = []
     for row in rows:
         cells = [
-            f'<td class="why" colspan="{len(heads) - i}">{escape(cell)}</td>'
+            f'<td class="why" colspan="{cell.span}">{escape(cell)}</td>'
             if isinstance(cell, _Why)
             else f"<td{marks[i]}>{escape(cell)}</td>"
             for i, cell in enumerate(row)

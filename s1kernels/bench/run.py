@@ -22,7 +22,7 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Settings:
     """How much is measured. frames: of a round, at most; rounds: the median counts; exported: positions of exported
-    caches; characters: of the texts."""
+    caches; characters: of the texts; budget: seconds of a row's rounds."""
 
     small: bool
     contexts: tuple[int, ...]
@@ -31,14 +31,15 @@ class Settings:
     exported: int
     characters: tuple[int, ...]
     speech_rounds: int
+    budget: float
     parts: tuple[str, ...] = PARTS
 
 
 SETTINGS = {
-    ("cpu", True): Settings(True, (0, 64, 256), 4, 5, 512, (12,), 2, PARTS[:-1]),
-    ("cpu", False): Settings(False, (0, 512, 2048), 8, 5, 1024, speech.CHARACTERS, 2),
-    ("cuda", True): Settings(False, (0, 512, 2048), 24, 5, 1024, (12, 44), 3, PARTS[:-1]),
-    ("cuda", False): Settings(False, (0, 512, 2048, 8192), 64, 7, 1024, speech.CHARACTERS, 3),
+    ("cpu", True): Settings(True, (0, 64, 256), 4, 5, 512, (12,), 2, 4.0, PARTS[:-1]),
+    ("cpu", False): Settings(False, (0, 512, 2048), 8, 5, 1024, speech.CHARACTERS, 2, 20.0),
+    ("cuda", True): Settings(False, (0, 512, 2048), 24, 5, 1024, (12, 44), 3, 6.0, PARTS[:-1]),
+    ("cuda", False): Settings(False, (0, 512, 2048, 8192), 64, 7, 1024, speech.CHARACTERS, 3, 20.0),
 }
 """(device, quick) -> how much is measured."""
 
@@ -112,7 +113,9 @@ class Bench:
 
     def _prepare(self) -> None:
         given, s = models.weights(self.shape, self.dtype, self.device), self.settings
-        self._frames = Frames(self.shape, given, list(s.contexts), self.ceiling, s.exported, s.frames, s.rounds)
+        self._frames = Frames(
+            self.shape, given, list(s.contexts), self.ceiling, s.exported, s.frames, s.rounds, s.budget
+        )
         self.result["bytes_per_frame"] = {str(n): moved for n, moved in self._frames.bytes.items()}
 
     def _decode(self, system: System) -> None:
@@ -153,7 +156,7 @@ class Bench:
             try:
                 text = models.prompt(self.shape, total, self.device)
                 runner = system.make(Model(self.shape, self.frames.given, -(-total // 512) * 512))
-                add(row | speech.measure(runner, text, characters, self.settings.speech_rounds))
+                add(row | speech.measure(runner, text, characters, self.settings.speech_rounds, self.settings.budget))
             except Exception as error:  # whatever a system fails by belongs in its row
                 add(row | {"refused": provenance.reason(error)})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -25,25 +26,36 @@ def lengths(characters: int) -> tuple[int, int]:
     return REFERENCE_FRAMES + -(-characters // CHARACTERS_PER_TOKEN), math.ceil(seconds * FRAMES_PER_SECOND)
 
 
-def measure(runner: Runner, text: Tensor, characters: int, count: int) -> dict[str, Any]:
-    """A text's row: the prompt's reading included, once for each of `count` rounds.
+def speaker(runner: Runner, text: Tensor, characters: int) -> Callable[[], None]:
+    """What speaks a text of so many characters: reads the prompt, decodes the frames.
 
     Args:
         runner: made for a cache that holds prompt and speech.
         text: [N+1, P] frames, of which the first are the prompt.
-    Raises:
-        Refused: the end token comes too early.
     """
     prompt, frames = lengths(characters)
 
     def speak() -> None:
+        """Raises Refused if the end token comes too early."""
         runner.prefill(text[:, : prompt - 1])
         require(runner, frames, text[:, prompt - 1 : prompt], prompt - 1)
 
-    row = timing.summary(timing.rounds(speak, count, text.device))
+    return speak
+
+
+def rates(row: dict[str, Any], characters: int) -> dict[str, Any]:
+    """What a row's seconds mean."""
+    prompt, frames = lengths(characters)
     audio = frames / FRAMES_PER_SECOND
-    return row | {
+    return {
         "characters": characters, "prompt": prompt, "frames": frames, "audio_seconds": audio,
         "real_time_factor": row["seconds"] / audio, "times_real_time": audio / row["seconds"],
-        "tokens_per_second": TOKENS_PER_FRAME * frames / row["seconds"], **runner.facts,
+        "tokens_per_second": TOKENS_PER_FRAME * frames / row["seconds"],
     }  # fmt: skip
+
+
+def measure(runner: Runner, text: Tensor, characters: int, count: int, budget: float) -> dict[str, Any]:
+    """A text's row, of `count` times, or of two if they take `budget` seconds. Arguments as of `speaker`."""
+    taken = timing.rounds(speaker(runner, text, characters), count, text.device, budget=budget)
+    row = timing.summary(taken)
+    return row | rates(row, characters) | runner.facts

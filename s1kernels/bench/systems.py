@@ -16,12 +16,12 @@ from s1kernels import Engine, registry
 from s1kernels.bench import models, provenance, timing
 from s1kernels.bench.onnx import PROVIDERS, OnnxRunner, refusal
 from s1kernels.bench.runners import EngineRunner, Model, Runner, TorchRunner, require
-from s1kernels.bench.timing import Wrong
+from s1kernels.bench.timing import Refused, Wrong
 from s1kernels.cli.demo import FRAMES_PER_SECOND
+from s1kernels.model.config import DualARConfig
 from s1kernels.model.weights import Weights
 
-SLOW, FEW = 0.02, 8
-"""Seconds a frame from which on a round has only so many frames."""
+TRIAL = 2  # frames of a first run, which tells how many a round can have
 
 
 @dataclass(frozen=True)
@@ -60,22 +60,17 @@ class Frames:
 
     Args:
         shape, given: the model. contexts: positions before the first frame. ceiling: GB/s that plain reads reach.
-        exported: positions of exported caches. frames: of a round; count:
-            rounds.
+        exported: positions of exported caches. frames: of a round, at most; count: rounds, which take `budget` seconds
+            together (if two frames a round do).
     """
 
     def __init__(
-        self,
-        shape: Any,
-        given: Weights,
-        contexts: list[int],
-        ceiling: float,
-        exported: int,
-        frames: int,
-        count: int,
-    ) -> None:
+        self, shape: DualARConfig, given: Weights, contexts: list[int], ceiling: float, exported: int, frames: int,
+        count: int, budget: float,
+    ) -> None:  # fmt: skip
         self.shape, self.given, self.contexts, self.ceiling = shape, given, contexts, ceiling
-        self.exported, self.frames, self.count, self.device = exported, frames, count, given.norm.device
+        self.exported, self.frames, self.count, self.budget = exported, frames, count, budget
+        self.device = given.norm.device
         self.yardstick = models.Yardstick.measure(shape, given, contexts)
         plain = Engine(shape, given, backend="reference")
         self.bytes = {}
@@ -83,47 +78,66 @@ class Frames:
             plain.cache.reserve(n + frames)
             self.bytes[n] = plain.bytes_per_frame(n + frames // 2)
 
+        self._made: tuple[str, int, Runner] | None = None
+        self._failed: dict[tuple[str, int], str] = {}
+
     def measure(self, system: System, report: Callable[[dict[str, Any]], None]) -> None:
-        """A row for every context; the system is made ready once for each size of cache."""
-        runner, made, reason = None, 0, system.refusal(self.device)
+        """A row for every context."""
         for n in self.contexts:
             row: dict[str, Any] = {"system": system.name, "context": n}
-            needed = n + max(self.frames, models.FORCED) + 1
-            capacity = self.exported if system.exported else -(-needed // 512) * 512
-            if reason is None and needed > capacity:
-                report(row | {"refused": f"it was exported for {capacity} positions"})
-                continue
             try:
-                if reason is None and capacity != made:
-                    runner = None  # its memory is wanted
-                    runner, made = system.make(Model(self.shape, self.given, capacity)), capacity
+                runner, facts = self.ready(system, n)
+                row |= facts | self._time(runner, n)
             except Exception as error:  # whatever a system fails by belongs in its row
-                reason = provenance.reason(error)
-            if runner is None or reason is not None:
-                report(row | {"refused": reason})
-                continue
-            try:
-                report(row | self._time(runner, n))
-            except Exception as error:
-                report(row | {"refused": provenance.reason(error)})
+                row["refused"] = str(error) if isinstance(error, Refused) else provenance.reason(error)
+            report(row)
 
-    def _time(self, runner: Runner, n: int) -> dict[str, Any]:
-        text = self.yardstick.text
+    def ready(self, system: System, n: int) -> tuple[Runner, dict[str, Any]]:
+        """The system with n positions in its caches, and facts for its row. It is made once for each size of caches.
+
+        Raises:
+            Refused: it cannot run here. Wrong: its logits are too far from the truth.
+        """
+        needed = n + max(self.frames, models.FORCED) + 1
+        capacity = self.exported if system.exported else -(-needed // 512) * 512
+        key = (system.name, capacity)
+        reason = system.refusal(self.device) or self._failed.get(key)
+        if reason is None and needed > capacity:
+            reason = f"it was exported for {capacity} positions"
+        if reason is not None:
+            raise Refused(reason)
+        if self._made is None or self._made[:2] != key:
+            self._made = None  # its memory is wanted
+            try:
+                self._made = (*key, system.make(Model(self.shape, self.given, capacity)))
+            except Exception as failure:
+                self._failed[key] = provenance.reason(failure)
+                raise
+        runner, text = self._made[2], self.yardstick.text
         runner.load([k[:, :, :n] for k in self.yardstick.k], [v[:, :, :n] for v in self.yardstick.v])
         forced = [runner.logits(text[:, t : t + 1], t) for t in range(n, n + models.FORCED)]
         error = self.yardstick.error(n, torch.cat(forced))
         allowed = models.LIMIT[getattr(torch, runner.facts["dtype"])]
         if not error <= allowed:
             raise Wrong(f"its logits' error {error:.1e} is larger than {allowed:.0e}, so it is not timed")
+        return runner, {"error": error, **runner.facts}
 
-        def decode(count: int) -> None:
-            require(runner, count, text[:, n : n + 1], n)
+    def decode(self, runner: Runner, n: int, count: int) -> None:
+        """`count` frames after n positions. Raises Refused if the end token comes first."""
+        require(runner, count, self.yardstick.text[:, n : n + 1], n)
 
-        decode(2)
-        slow = timing.seconds(lambda: decode(2), self.device) / 2 > SLOW
-        frames = min(self.frames, FEW) if slow else self.frames
-        row = timing.summary(timing.rounds(lambda: decode(frames), self.count, self.device), per=frames)
-        row |= runner.facts | {"error": error, "frames": frames} | timing.rates(row, self.bytes[n], self.ceiling)
-        row["frames_per_second"] = 1 / row["seconds"]
-        row["times_real_time"] = row["frames_per_second"] / FRAMES_PER_SECOND
-        return row
+    def rates(self, row: dict[str, Any], n: int) -> dict[str, Any]:
+        """What a row's seconds mean."""
+        each = 1 / row["seconds"]
+        facts = {"frames_per_second": each, "times_real_time": each / FRAMES_PER_SECOND}
+        return facts | timing.rates(row, self.bytes[n], self.ceiling)
+
+    def _time(self, runner: Runner, n: int) -> dict[str, Any]:
+        self.decode(runner, n, TRIAL)
+        each = timing.seconds(lambda: self.decode(runner, n, TRIAL), self.device) / TRIAL
+        frames = max(TRIAL, min(self.frames, int(self.budget / self.count / each)))
+        taken = timing.rounds(
+            lambda: self.decode(runner, n, frames), self.count, self.device, warm_up=0, budget=self.budget
+        )
+        row = timing.summary(taken, per=frames)
+        return row | self.rates(row, n) | {"frames": frames}

@@ -18,11 +18,17 @@ class Wrong(Refused):
     """Something is not correct, so that it is not timed."""
 
 
-def rounds(call: Callable[[], Any], count: int, device: torch.device, warm_up: int = 1) -> list[float]:
-    """Seconds of `count` calls, each from an idle device to an idle device."""
+def rounds(
+    call: Callable[[], Any], count: int, device: torch.device, warm_up: int = 1, budget: float = float("inf")
+) -> list[float]:
+    """Seconds of `count` calls, each from an idle device to an idle device. When `budget` seconds are used up, two are
+    enough."""
     for _ in range(warm_up):
         call()
-    return [seconds(call, device) for _ in range(count)]
+    values: list[float] = []
+    while len(values) < count and (len(values) < 2 or sum(values) < budget):
+        values.append(seconds(call, device))
+    return values
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
