@@ -82,6 +82,22 @@ def test_bench_frame_side_by_side(run_frame, monkeypatch, capsys):
         assert text in table
 
 
+def test_readme_has_the_results_numbers():
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "readme_numbers.py"), "--check"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not done.stdout
+
+
+def test_readme_that_drifts_is_noticed(bench, monkeypatch):
+    numbers = bench("readme_numbers")
+    text = "before\n<!-- ops: ops-cpu-2-cores.json -->\nfour times\n<!-- end -->\nafter\n"
+    filled = numbers.fill(text)
+    assert filled != text and filled.startswith("before\n") and filled.endswith("<!-- end -->\nafter\n")
+    assert "four times" not in filled and numbers.fill(filled) == filled
+
+
 def test_bench_frame_refuses_what_is_less_accurate(bench, run_frame, monkeypatch):
     """No number for logits that are worse than upstream's."""
     frame = bench("bench_frame")
