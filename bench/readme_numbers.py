@@ -62,8 +62,8 @@ def frames(result: dict[str, Any]) -> str:
     rounds = " to ".join(number(1e3 * eager[end]) for end in ("fastest", "slowest"))
     gain, ceiling = eager["seconds_per_frame"] / ours["seconds_per_frame"], result["read_bandwidth"]
     said = (
-        f"At {first} positions s1kernels is **{gain:.0f} times faster** than upstream eager (whose rounds took {rounds} "
-        f"ms). Plain reads reach {ceiling['gigabytes_per_second'] / 1e3:.2f} TB/s there. The main logits' distance to "
+        f"At {first} positions s1kernels is **{gain:.0f} times faster** than upstream eager (whose rounds took "
+        f"{rounds} ms). Plain reads reach {ceiling['gigabytes_per_second'] / 1e3:.2f} TB/s there. The main logits' distance to "
         f"float64 is {ours['logit_error']:.2e}, upstream's {ours['upstream_logit_error']:.2e}."
     )
     heads = ["", *map(str, contexts), f"times real time at {first}", f"of the reads at {first}"]
@@ -101,9 +101,9 @@ def ops(result: dict[str, Any]) -> str:
     least, most = (f(value for key, value in gain.items() if key[0] in PROJECTIONS) for f in (min, max))
     reads = min(r["percent_of_read_bandwidth"] for r in rows if r["contender"] == "cpu" and r["op"] in PROJECTIONS)
     return wrapped(
-        f"The projections at S1-mini's shapes take {least:.1f} to {most:.1f} times less time than torch's own calls for "
-        f"them, and read their weights at {reads:.0f} % of what plain reads reach, or more; attention over 512 positions "
-        f"takes {gain['attention_decode', 's1_slow_512']:.0f} times less than `scaled_dot_product_attention`."
+        f"The projections at S1-mini's shapes take {least:.1f} to {most:.1f} times less time than torch's own calls "
+        f"for them, and read their weights at {reads:.0f} % of what plain reads reach, or more; attention over 512 "
+        f"positions takes {gain['attention_decode', 's1_slow_512']:.0f} times less than `scaled_dot_product_attention`."
     )
 
 
