@@ -38,13 +38,14 @@ def frames(pytestconfig: pytest.Config, device: torch.device, dtype: torch.dtype
 
 def test_context(system: System, context: int, frames: Frames, device: torch.device, benchmark: Any) -> None:
     runner, facts = frames.ready(system, context)
+    decode = frames.decoder(runner, context, frames.frames)
 
     def run() -> None:
-        frames.decode(runner, context, frames.frames)
+        decode()
         timing.synchronize(device)
 
     benchmark.group = f"a frame after {context} positions"
-    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+    benchmark.pedantic(run, rounds=5, warmup_rounds=0)
     row = {"seconds": benchmark.stats.stats.median / frames.frames}
     benchmark.extra_info.update(
         system=system.name, context=context, frames=frames.frames, **row, **frames.rates(row, context), **facts

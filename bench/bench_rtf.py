@@ -46,6 +46,6 @@ def test_text(system: System, characters: int, frames: Frames, device: torch.dev
         timing.synchronize(device)
 
     benchmark.group = f"{characters} characters"
-    benchmark.pedantic(run, rounds=3, warmup_rounds=1)
+    benchmark.pedantic(run, rounds=3, warmup_rounds=0)
     row = {"seconds": benchmark.stats.stats.median}
     benchmark.extra_info.update(system=system.name, **row, **speech.rates(row, characters), **facts)

@@ -63,8 +63,8 @@ def frames(result: dict[str, Any]) -> str:
     gain, ceiling = eager["seconds_per_frame"] / ours["seconds_per_frame"], result["read_bandwidth"]
     said = (
         f"At {first} positions s1kernels is **{gain:.0f} times faster** than upstream eager (whose rounds took "
-        f"{rounds} ms). Plain reads reach {ceiling['gigabytes_per_second'] / 1e3:.2f} TB/s there. The main logits' distance to "
-        f"float64 is {ours['logit_error']:.2e}, upstream's {ours['upstream_logit_error']:.2e}."
+        f"{rounds} ms). Plain reads reach {ceiling['gigabytes_per_second'] / 1e3:.2f} TB/s there. The main logits' "
+        f"distance to float64 is {ours['logit_error']:.2e}, upstream's {ours['upstream_logit_error']:.2e}."
     )
     heads = ["", *map(str, contexts), f"times real time at {first}", f"of the reads at {first}"]
     return table(heads, lines) + "\n" + wrapped(" ".join([said, *refused]))

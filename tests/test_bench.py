@@ -9,16 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import TINY
 
 from s1kernels import registry
 from s1kernels.bench import ops, timing
 from s1kernels.cli import demo
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-TINY = dict(
-    vocab_size=4500, n_layer=2, dim=64, n_head=4, n_local_heads=2, head_dim=16, intermediate_size=96, n_fast_layer=1,
-    fast_dim=64, fast_n_head=4, fast_n_local_heads=2, fast_head_dim=16, fast_intermediate_size=96,
-)  # fmt: skip
 SECONDS = {"upstream": 3e-3, "s1kernels": 1e-3}  # a frame, by a clock that is never late
 
 
@@ -112,20 +109,23 @@ def test_bench_frame_refuses_what_is_less_accurate(bench, run_frame, monkeypatch
     assert "is larger than upstream's" in row["refused"] and "seconds_per_frame" not in row
 
 
-def run_ops(tmp_path, *arguments):
-    """bench_ops.py as a command -> what it says, and its JSON."""
-    path = tmp_path / "ops.json"
+def run_benches(tmp_path, *arguments):
+    """pytest in bench/ as a command -> what it says, and its JSON."""
+    path = tmp_path / "bench.json"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(BENCH / "bench_ops.py"), "--device", "cpu",
-         "--benchmark-json", str(path), *arguments],
-        capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, cwd=tmp_path, timeout=600,
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cpu", "--benchmark-json",
+         str(path), *arguments],
+        capture_output=True, text=True, cwd=tmp_path, timeout=600,
+        env=os.environ | {"COLUMNS": "200", "PYTHONPATH": os.pathsep.join([*sys.path, str(BENCH.with_name("tests"))])},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_bench_ops_side_by_side(tmp_path):
-    said, result = run_ops(tmp_path, "--dtype", "float32", "-k", "s1_prompt or s1_fast_last")
+    said, result = run_benches(
+        tmp_path, str(BENCH / "bench_ops.py"), "--dtype", "float32", "-k", "s1_prompt or s1_fast_last"
+    )
     rows = {(r["op"], r["case"], r["contender"]): r for r in (b["extra_info"] for b in result["benchmarks"])}
     cases = {("swiglu", "s1_prompt"), ("attention_decode", "s1_fast_last"), ("rms_norm", "s1_prompt")}
     native = set() if registry.BACKENDS["cpu"]() else {"cpu"}
@@ -136,6 +136,23 @@ def test_bench_ops_side_by_side(tmp_path):
     assert result["machine_info"]["provenance"]["torch"] == torch.__version__
     for text in ("rms_norm", "s1_fast_last", "x library", "% of reads"):
         assert text in said
+
+
+def test_benches_of_systems(tmp_path):
+    files = [str(BENCH / f"bench_{name}.py") for name in ("context", "rtf", "stack")]
+    chosen = "not stack or (512/8/4/64 and step)"
+    said, result = run_benches(tmp_path, "-p", "tiny_model", "--small", "-k", f"({chosen}) and not ONNX", *files)
+    rows = [bench["extra_info"] for bench in result["benchmarks"]]
+    measured = {(row["system"], row.get("context", row.get("characters", row.get("mode")))) for row in rows}
+    systems = {row["system"] for row in rows}
+    assert {"PyTorch eager"} < systems and any(name.startswith("s1kernels") for name in systems)
+    assert {key for _, key in measured} == {0, 8, 12, "step"}
+    for row in rows:
+        assert row["error"] < 0.03 and (row.get("times_real_time") or row["positions_per_second"]) > 0
+    reasons = {row["name"]: row["reason"] for row in result["refused"]}
+    assert reasons["test_context[0-CUDA_graphs]"] == reasons["test_text[12-CUDA_graphs]"] == "it needs a CUDA device"
+    assert reasons["test_stack[Simple_Transformer_512/8/4/64-step-CUDA graph]"] == "it needs a CUDA device"
+    assert "a frame after 8 positions" in said
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["a back end", "a library's call"])

@@ -7,16 +7,13 @@ import re
 
 import pytest
 import torch
+from tiny_model import TINY
 
 from s1kernels.bench import compare, models, provenance, report, run, speech, stack, systems, timing
 from s1kernels.bench import ops as bench_ops
 from s1kernels.bench.runners import SAMPLING, EngineRunner, Model, TorchRunner
 from s1kernels.cli import demo, main
 
-TINY = dict(
-    vocab_size=4500, n_layer=2, dim=64, n_head=4, n_local_heads=2, head_dim=16, intermediate_size=96, n_fast_layer=1,
-    fast_dim=64, fast_n_head=4, fast_n_local_heads=2, fast_head_dim=16, fast_intermediate_size=96,
-)  # fmt: skip
 CPU = torch.device("cpu")
 LEAST = run.Settings(True, (0, 8), 2, 3, 64, (12,), 2, 1.0)
 

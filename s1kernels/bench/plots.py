@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ Result = dict[str, Any]
 Row = dict[str, Any]
 
 WIDE, NARROW = 9.0, 4.2  # inches
-INK, GRID = "#1e2329", "#d5dae1"
+INK, GRID, PAGE = "#1e2329", "#d5dae1", "#fdfefe"
 COLOURS = ["#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#0ea5b7", "#ec4899", "#84a31f", "#a16207", "#7c8798"]
 """Of middling lightness, so that they stand out on white and on black."""
 OURS = "#10b981"
@@ -27,39 +27,49 @@ FONTS = ["DejaVu Sans", "Verdana", "sans-serif"]
 
 
 def of_stages(results: list[Result], width: float) -> Figure | None:
-    """Time per frame as stacked stages, beside the whole frame and the floor."""
-    bars: list[tuple[str, list[tuple[str, float]]]] = []
-    for result in results:
-        rows = [row for row in result.get("stages", []) if "refused" not in row]
-        for program in dict.fromkeys(row["program"] for row in rows):
-            bars.append((program, [(r["stage"], r["seconds"] * 1e3) for r in rows if r["program"] == program]))
-        if not rows:
-            continue
-        context = rows[0]["context"]
-        for frame in result.get("frames", []):
-            if frame["system"].startswith("s1kernels") and frame["context"] == context and "seconds" in frame:
-                bars.append((f"a whole frame, {frame['system']}", [("frame", frame["seconds"] * 1e3)]))
-        ceiling = result["read_bandwidth"]["gigabytes_per_second"]
-        bars.append(("floor: its bytes, read", [("floor", result["bytes_per_frame"][str(context)] / ceiling / 1e6)]))
-    if not bars:
+    """Time per frame as stacked stages, beside the whole frame and the floor; each machine has axes of its own."""
+    machines = [(provenance.machine(result["provenance"]), bars) for result in results if (bars := _stage_bars(result))]
+    if not machines:
         return None
-    names = [stage for stage in ("embed", *STAGES) if any(stage == s for _, parts in bars for s, _ in parts)]
-    colour = {name: (COLOURS[i % len(COLOURS)], "" if i < len(COLOURS) else "////") for i, name in enumerate(names)}
+    every = ("embed", *STAGES)
+    colour = {stage: (COLOURS[i % 10], "" if i < 10 else "////") for i, stage in enumerate(every)}
+    names = [name for name in every if any(name == s for _, bars in machines for _, parts in bars for s, _ in parts)]
     colour |= {"frame": (OURS, ""), "floor": ("#7c8798", "")}
-    with _figure(width, 1.5 + 0.5 * len(bars) + 0.22 * _lines(names, width)) as (figure, axes):
-        for y, (_, parts) in enumerate(bars):
-            left = 0.0
-            for stage, value in parts:
-                fill, hatch = colour[stage]
-                axes.barh(y, value, 0.62, left=left, color=fill, hatch=hatch, edgecolor="white", linewidth=0.4)
-                left += value
-            axes.text(left, y, f" {_short(left)} ms", va="center", color=INK)
-        _categories(axes, [label for label, _ in bars], width)
-        axes.set_xlim(0, 1.2 * max(sum(value for _, value in parts) for _, parts in bars))
-        axes.set_xlabel("ms a frame")
-        handles = [_patch(name, *colour[name]) for name in names]
-        _legend(figure, handles, width)
+    heights = [1.0 + 0.5 * len(bars) for _, bars in machines]
+    with _figure(width, sum(heights) + 0.5 + 0.22 * _lines(names, width), heights) as (figure, every_axes):
+        for (machine, bars), axes in zip(machines, every_axes, strict=True):
+            for y, (_, parts) in enumerate(bars):
+                left = 0.0
+                for stage, value in parts:
+                    fill, hatch = colour[stage]
+                    axes.barh(y, value, 0.62, left=left, color=fill, hatch=hatch, edgecolor="white", linewidth=0.4)
+                    left += value
+                axes.text(left, y, f" {_short(left)} ms", va="center", color=INK)
+            _categories(axes, [label for label, _ in bars], width)
+            axes.set_xlim(0, 1.2 * max(sum(value for _, value in parts) for _, parts in bars))
+            axes.set_xlabel("ms a frame" + (f" on {machine}" if len(machines) > 1 else ""))
+        _legend(figure, [_patch(name, *colour[name]) for name in names], width)
     return figure
+
+
+def _stage_bars(result: Result) -> list[tuple[str, list[tuple[str, float]]]]:
+    """What a bar is, and its parts in ms."""
+    rows = [row for row in result.get("stages", []) if "refused" not in row]
+    if not rows:
+        return []
+    bars = [
+        (program, [(row["stage"], row["seconds"] * 1e3) for row in rows if row["program"] == program])
+        for program in dict.fromkeys(row["program"] for row in rows)
+    ]
+    context = rows[0]["context"]
+    bars += [
+        (f"a whole frame, {frame['system']}", [("frame", frame["seconds"] * 1e3)])
+        for frame in result.get("frames", [])
+        if frame["context"] == context and "seconds" in frame
+        and (frame["system"].startswith("s1kernels") or "Triton" in frame["system"])
+    ]  # fmt: skip
+    ceiling = result["read_bandwidth"]["gigabytes_per_second"]
+    return [*bars, ("floor: its bytes, read", [("floor", result["bytes_per_frame"][str(context)] / ceiling / 1e6)])]
 
 
 def of_systems(results: list[Result], width: float) -> Figure | None:
@@ -75,12 +85,15 @@ def of_systems(results: list[Result], width: float) -> Figure | None:
             absent.append(name)
     if not bars:
         return None
-    with _figure(width, 1.3 + 0.34 * (len(bars) + len(absent))) as (figure, axes):
+    with _figure(width, 1.3 + 0.34 * (len(bars) + len(absent))) as (figure, (axes,)):
         values = [value for _, value, _ in bars]
         least = min(0.5, *values) / 2
         for y, (_, value, ours) in enumerate(bars):
             axes.barh(y, value - least, 0.66, left=least, color=OURS if ours else COLOURS[0])
-            axes.text(value, y, f" {_short(value)}x", va="center", color=INK)
+            axes.annotate(
+                f"{_short(value)}x", (value, y), (5, 0), textcoords="offset points", va="center", color=INK,
+                bbox={"facecolor": PAGE, "edgecolor": "none", "pad": 1},
+            )  # fmt: skip
         for y in range(len(bars), len(bars) + len(absent)):
             axes.text(least, y, " not measured", va="center", color=INK, alpha=0.55, style="italic")
         axes.axvline(1, color=INK, linewidth=1, linestyle="--", alpha=0.7)
@@ -103,7 +116,7 @@ def of_contexts(results: list[Result], width: float) -> Figure | None:
     if not lines:
         return None
     contexts = sorted({row["context"] for rows in lines.values() for row in rows})
-    with _figure(width, 3.0 + 0.22 * _lines(list(lines), width)) as (figure, axes):
+    with _figure(width, 3.0 + 0.22 * _lines(list(lines), width)) as (figure, (axes,)):
         for i, (name, rows) in enumerate(lines.items()):
             x = [contexts.index(row["context"]) for row in rows]
             y = [row["times_real_time"] for row in rows]
@@ -139,7 +152,7 @@ def of_ops(results: list[Result], width: float) -> Figure | None:
     names.sort(key=lambda name: (name == "library", name))
     colour = {name: "#7c8798" if name == "library" else COLOURS[i] for i, name in enumerate(names)}
     thick = 0.8 / len(names)
-    with _figure(width, 1.5 + (0.16 + 0.15 * len(names)) * len(labels)) as (figure, axes):
+    with _figure(width, 1.5 + (0.16 + 0.15 * len(names)) * len(labels)) as (figure, (axes,)):
         for label, row in found:
             y = labels.index(label) + (names.index(row["contender"]) - (len(names) - 1) / 2) * thick
             value = row["percent_of_read_bandwidth"]
@@ -181,16 +194,22 @@ def png(figure: Figure) -> bytes:
 
 
 def svg(figure: Figure) -> str:
-    """An <svg> element whose ink and grid are the page's (`currentColor` and `--grid`)."""
+    """An <svg> element whose ink, grid and ground are the page's (`currentColor`, `--grid`, `--page`)."""
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor").replace(GRID, "var(--grid)")
+    text = (
+        text[text.index("<svg") :]
+        .replace(INK, "currentColor")
+        .replace(GRID, "var(--grid)")
+        .replace(PAGE, "var(--page)")
+    )
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img"', text, count=1)
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+def _figure(width: float, height: float, heights: Sequence[float] = (1,)) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure in inches, with axes below one another whose heights are in these proportions."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -202,10 +221,11 @@ def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
     }  # fmt: skip
     with matplotlib.rc_context(look):
         figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots()
-        axes.grid(True, color=GRID, linewidth=0.6)
-        axes.set_axisbelow(True)
-        yield figure, axes
+        every = figure.subplots(len(heights), 1, squeeze=False, height_ratios=list(heights))[:, 0].tolist()
+        for axes in every:
+            axes.grid(True, color=GRID, linewidth=0.6)
+            axes.set_axisbelow(True)
+        yield figure, every
 
 
 def _categories(axes: Axes, labels: list[str], width: float, size: float = 9) -> None:

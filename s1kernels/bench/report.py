@@ -20,11 +20,12 @@ STYLE = """
   :root { --ink: #e6e9ee; --page: #14171b; --soft: #9aa4b1; --grid: #3a424d; --card: #1c2127; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 68rem; background: var(--page); color: var(--ink);
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 80rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
 h1 { margin: 0 0 .25rem; font-size: 1.8rem; }
 h2 { margin: 2.5rem 0 .5rem; font-size: 1.25rem; }
-p { margin: .5rem 0; max-width: 46rem; }
+p { margin: .5rem 0; max-width: 52rem; }
+figure { max-width: 66rem; }
 .soft, caption, .why { color: var(--soft); }
 .scroll { overflow-x: auto; margin: .75rem 0; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
@@ -124,12 +125,12 @@ def _systems(results: list[Result]) -> str:
         rows += [[name, *_frame_cells(row), machine] for machine, row in measured]
         if not measured:
             reasons = dict.fromkeys(row["refused"] for _, row in of_machines)
-            rows.append([name, _Why("; ".join(reasons), span=8)])
+            rows.append([name, _Why("; ".join(reasons))])
     if not rows:
         return ""
-    context = next(row["context"] for of_machines in found.values() for _, row in of_machines)
+    contexts = sorted({row["context"] for of_machines in found.values() for _, row in of_machines})
     heads = ["system", "#time a frame", "#frames/s", "#x real time", "#GB/s", "#of reads", "#logits' error", "in", "on"]
-    return f"""<h2>Every system, at {context:,} positions of context</h2>
+    return f"""<h2>Every system, at {" or ".join(f"{n:,}" for n in contexts)} positions of context</h2>
 {_figure("systems", results)}{_table(heads, rows)}
 <p>A frame can be captured in a CUDA graph because no shape depends on the position: tokens, caches and results are
 buffers that stay where they are, the length lives on the device, and what lies past it is masked (plain torch) or not
@@ -156,7 +157,7 @@ def _stages(results: list[Result]) -> str:
         for r in result.get("stages", []):
             start = [r["program"], r["stage"]]
             if "refused" in r:
-                rows.append([*start, _Why(r["refused"], span=6)])
+                rows.append([*start, _Why(r["refused"])])
                 continue
             rows.append([
                 *start, str(r["calls"]), f"{r['microseconds']:.1f}", f"{r['bytes'] / 1e6:.2f}",
@@ -193,7 +194,7 @@ def _contexts(results: list[Result]) -> str:
 def _time_or_reason(row: Row | None) -> str:
     if row is None:
         return ""
-    return _Why(row["refused"], span=1) if "refused" in row else time_of(row["seconds"])
+    return _Why(row["refused"], 1) if "refused" in row else time_of(row["seconds"])
 
 
 def _ops(results: list[Result]) -> str:
@@ -202,7 +203,7 @@ def _ops(results: list[Result]) -> str:
         for r in result.get("ops", []):
             start = [r["op"], r["case"], r["contender"]]
             if "refused" in r:
-                rows.append([*start, _Why(r["refused"], span=5)])
+                rows.append([*start, _Why(r["refused"])])
                 continue
             rows.append([
                 *start, f"{r['seconds'] * 1e6:.2f}", f"{r['gigabytes_per_second']:.4g}",
@@ -262,16 +263,16 @@ def _rows(
         measured = [(machine, row) for machine, row in rows if "refused" not in row]
         table += [[*title, *cells(row), machine] for machine, row in measured]
         if not measured:
-            table.append([*title, _Why("; ".join(dict.fromkeys(row["refused"] for _, row in rows)), span=8)])
+            table.append([*title, _Why("; ".join(dict.fromkeys(row["refused"] for _, row in rows)))])
     return table
 
 
 class _Why(str):
-    """A reason, in a cell over several columns."""
+    """A reason, in a cell over so many columns, or over the rest of the row."""
 
-    span: int
+    span: int | None
 
-    def __new__(cls, text: str, span: int) -> _Why:
+    def __new__(cls, text: str, span: int | None = None) -> _Why:
         made = super().__new__(cls, text)
         made.span = span
         return made
@@ -285,7 +286,7 @@ def _table(heads: list[str], rows: list[list[Any]]) -> str:
     lines = []
     for row in rows:
         cells = [
-            f'<td class="why" colspan="{cell.span}">{escape(cell)}</td>'
+            f'<td class="why" colspan="{cell.span or len(heads) - i}">{escape(cell)}</td>'
             if isinstance(cell, _Why)
             else f"<td{marks[i]}>{escape(cell)}</td>"
             for i, cell in enumerate(row)

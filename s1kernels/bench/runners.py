@@ -174,7 +174,9 @@ def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def require(runner: Runner, count: int, frame: Tensor, position: int) -> None:
-    """Decode `count` frames. Raises Refused if the end token comes first, with five seeds."""
-    if not any(runner.decode(frame, position, count, seed) == count for seed in range(5)):
-        raise Refused(f"the end token came before {count} frames, with five seeds")
+def seed_for(runner: Runner, count: int, frame: Tensor, position: int) -> int:
+    """A seed with which `count` frames come before the end token. Raises Refused if five have none."""
+    for seed in range(5):
+        if runner.decode(frame, position, count, seed) == count:
+            return seed
+    raise Refused(f"the end token came before {count} frames, with five seeds")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from s1kernels.bench import timing
-from s1kernels.bench.runners import Runner, require
+from s1kernels.bench.runners import Runner, seed_for
 from s1kernels.cli.demo import FRAMES_PER_SECOND
 
 CHARACTERS = (12, 44, 233, 512)
@@ -27,18 +27,22 @@ def lengths(characters: int) -> tuple[int, int]:
 
 
 def speaker(runner: Runner, text: Tensor, characters: int) -> Callable[[], None]:
-    """What speaks a text of so many characters: reads the prompt, decodes the frames.
+    """What speaks a text of so many characters: reads the prompt, decodes the frames. It has run once.
 
     Args:
         runner: made for a cache that holds prompt and speech.
         text: [N+1, P] frames, of which the first are the prompt.
+    Raises:
+        Refused: the end token comes too early.
     """
     prompt, frames = lengths(characters)
+    last = text[:, prompt - 1 : prompt]
+    runner.prefill(text[:, : prompt - 1])
+    seed = seed_for(runner, frames, last, prompt - 1)
 
     def speak() -> None:
-        """Raises Refused if the end token comes too early."""
         runner.prefill(text[:, : prompt - 1])
-        require(runner, frames, text[:, prompt - 1 : prompt], prompt - 1)
+        runner.decode(last, prompt - 1, frames, seed)
 
     return speak
 
@@ -56,6 +60,6 @@ def rates(row: dict[str, Any], characters: int) -> dict[str, Any]:
 
 def measure(runner: Runner, text: Tensor, characters: int, count: int, budget: float) -> dict[str, Any]:
     """A text's row, of `count` times, or of two if they take `budget` seconds. Arguments as of `speaker`."""
-    taken = timing.rounds(speaker(runner, text, characters), count, text.device, budget=budget)
+    taken = timing.rounds(speaker(runner, text, characters), count, text.device, warm_up=0, budget=budget)
     row = timing.summary(taken)
     return row | rates(row, characters) | runner.facts

@@ -92,18 +92,18 @@ def of_ops(
     host = HostDecoder(engine.config, engine.active_rows, engine.cache, OpsProgram(model, engine.active_rows.head))
     previous = torch.zeros(engine.config.codebooks + 1, WINDOW[engine.config.line], dtype=torch.int32, device=device)
     next(iter(host.decode(frame.T.contiguous(), position, 1, SAMPLING, previous, None)))
-    if device.type == "cpu":
-        times = _in_order(recorder, count)
-    else:
-        times = {stage: _graph(recorder, stage, count) for stage in dict.fromkeys(s for s, *_ in recorder.calls)}
-    return [
-        _row(
-            f"ops, {backend}", stage, each,
-            sum(op.bytes_moved(op.checked(*given[:-1])) for s, op, _, given in recorder.calls if s == stage),
-            sum(s == stage for s, *_ in recorder.calls), ceiling,
-        )
-        for stage, each in times.items()
-    ]  # fmt: skip
+    in_order = _in_order(recorder, count) if device.type == "cpu" else {}
+    rows = []
+    for stage in dict.fromkeys(stage for stage, *_ in recorder.calls):
+        mine = [(op, given) for s, op, _, given in recorder.calls if s == stage]
+        moved = sum(op.bytes_moved(op.checked(*given[:-1])) for op, given in mine)
+        try:
+            each = in_order.get(stage) or _graph(recorder, stage, count)
+        except Refused as error:
+            rows.append({"program": f"ops, {backend}", "stage": stage, "refused": str(error)})
+        else:
+            rows.append(_row(f"ops, {backend}", stage, each, moved, len(mine), ceiling))
+    return rows
 
 
 def _in_order(recorder: Recorder, count: int) -> dict[str, list[float]]:

@@ -15,7 +15,7 @@ import torch
 from s1kernels import Engine, registry
 from s1kernels.bench import models, provenance, timing
 from s1kernels.bench.onnx import PROVIDERS, OnnxRunner, refusal
-from s1kernels.bench.runners import EngineRunner, Model, Runner, TorchRunner, require
+from s1kernels.bench.runners import EngineRunner, Model, Runner, TorchRunner, seed_for
 from s1kernels.bench.timing import Refused, Wrong
 from s1kernels.cli.demo import FRAMES_PER_SECOND
 from s1kernels.model.config import DualARConfig
@@ -122,9 +122,10 @@ class Frames:
             raise Wrong(f"its logits' error {error:.1e} is larger than {allowed:.0e}, so it is not timed")
         return runner, {"error": error, **runner.facts}
 
-    def decode(self, runner: Runner, n: int, count: int) -> None:
-        """`count` frames after n positions. Raises Refused if the end token comes first."""
-        require(runner, count, self.yardstick.text[:, n : n + 1], n)
+    def decoder(self, runner: Runner, n: int, count: int) -> Callable[[], Any]:
+        """What decodes `count` frames after n positions; it has run once. Raises Refused if the end token comes."""
+        frame = self.yardstick.text[:, n : n + 1]
+        return partial(runner.decode, frame, n, count, seed_for(runner, count, frame, n))
 
     def rates(self, row: dict[str, Any], n: int) -> dict[str, Any]:
         """What a row's seconds mean."""
@@ -133,11 +134,9 @@ class Frames:
         return facts | timing.rates(row, self.bytes[n], self.ceiling)
 
     def _time(self, runner: Runner, n: int) -> dict[str, Any]:
-        self.decode(runner, n, TRIAL)
-        each = timing.seconds(lambda: self.decode(runner, n, TRIAL), self.device) / TRIAL
+        each = timing.seconds(self.decoder(runner, n, TRIAL), self.device) / TRIAL
         frames = max(TRIAL, min(self.frames, int(self.budget / self.count / each)))
-        taken = timing.rounds(
-            lambda: self.decode(runner, n, frames), self.count, self.device, warm_up=0, budget=self.budget
-        )
+        decode = self.decoder(runner, n, frames)
+        taken = timing.rounds(decode, self.count, self.device, warm_up=0, budget=self.budget)
         row = timing.summary(taken, per=frames)
         return row | self.rates(row, n) | {"frames": frames}
