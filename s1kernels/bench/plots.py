@@ -189,7 +189,7 @@ def systems(results: list[Result]) -> dict[str, list[tuple[str, Row]]]:
 
 def png(figure: Figure) -> bytes:
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=130, facecolor="white")
+    figure.savefig(out, format="png", dpi=110, facecolor="white", pil_kwargs={"optimize": True})
     return out.getvalue()
 
 
@@ -204,6 +204,8 @@ def svg(figure: Figure) -> str:
         .replace(GRID, "var(--grid)")
         .replace(PAGE, "var(--page)")
     )
+    text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"\s*\n\s*", "\n", text)
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img"', text, count=1)
 
 

@@ -170,8 +170,9 @@ def _stages(results: list[Result]) -> str:
     return f"""<h2>One frame by stage</h2>{_figure("stages", results)}
 <p>“ops” runs each stage's kernels by themselves: on a GPU as one CUDA graph over memory that no cache holds, on a CPU
 call by call, where handing work to the threads counts. A frame does the same work in one program, so that its stages
-overlap. The persistent kernel's stages are its own clock's: there a draw counts to the phase that reads it, and the
-fast stack's attention to the projection behind it.</p>{_table(heads, rows)}"""
+overlap, and a cache may hold what every fast step reads, so that it can beat its floor. The persistent kernel's stages
+are its own clock's: there a draw counts to the phase that reads it, and the fast stack's attention to the projection
+behind it.</p>{_table(heads, rows)}"""
 
 
 def _contexts(results: list[Result]) -> str:

@@ -90,7 +90,7 @@ class Bench:
                 for size in stack.SIZES
                 for mode in stack.MODES
             ]
-        return found
+        return [*found, ("reading memory again", self._read_again)]
 
     @property
     def frames(self) -> Frames:
@@ -110,6 +110,15 @@ class Bench:
 
     def _read_bandwidth(self) -> None:
         self.result["read_bandwidth"] = read_bandwidth.measure(self.device)
+
+    def _read_again(self) -> None:
+        """What memory gives may have been taken by others at first; the better rate counts, for all rows."""
+        again = read_bandwidth.measure(self.device)
+        if again["gigabytes_per_second"] > self.ceiling:
+            self.result["read_bandwidth"] = again
+            for row in (row for part in self.settings.parts for row in self.result[part]):
+                if "percent_of_read_bandwidth" in row:
+                    row["percent_of_read_bandwidth"] = 100 * row["gigabytes_per_second"] / self.ceiling
 
     def _prepare(self) -> None:
         given, s = models.weights(self.shape, self.dtype, self.device), self.settings
