@@ -156,6 +156,17 @@ def test_a_report_merges_machines(tmp_path):
     assert {path.name for path in tmp_path.glob("*.png")} == {"systems.png", "context.png", "ops.png"}
 
 
+def test_parts_that_were_measured_one_by_one_become_one_result():
+    first, second = result(), result()
+    del first["ops"], second["frames"]
+    second["provenance"]["command"] = "again"
+    other = result(model="another")
+    joined = run.join([first, other, second, result()])
+    assert [r["model"] for r in joined] == ["a model", "another", "a model"]
+    assert joined[0]["ops"] == second["ops"] and joined[0]["frames"] == first["frames"]
+    assert joined[0]["provenance"]["command"].endswith("; again") and "ops" not in first
+
+
 @needs_matplotlib
 def test_the_command_measures_every_part(tiny, tmp_path, capsys):
     out = tmp_path / "report"

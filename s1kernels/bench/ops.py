@@ -153,8 +153,8 @@ def measure(
         row["error"] = gate(contender, case, dtype, device)
         rotated = rotate(contender, case, dtype, device)
         row |= timing.summary(timing.rounds(rotated.run, count, device, warm_up=2), per=rotated.copies)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        return row | {"refused": str(error).splitlines()[0]}
+    except Exception as error:  # whatever a contender fails by belongs in its row
+        return row | {"refused": timing.why(error)}
     return row | timing.rates(row, rotated.moved, ceiling)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from s1kernels.bench import models, ops, provenance, read_bandwidth, speech, stack, stages, systems
+from s1kernels.bench import models, ops, provenance, read_bandwidth, speech, stack, stages, systems, timing
 from s1kernels.bench.runners import EngineRunner, Model
 from s1kernels.bench.systems import Frames, System
 
@@ -148,7 +148,7 @@ class Bench:
             try:
                 rows = measure()
             except Exception as error:  # whatever it fails by belongs in its row
-                rows = [{"program": program, "stage": "all", "refused": provenance.reason(error)}]
+                rows = [{"program": program, "stage": "all", "refused": timing.why(error)}]
             for row in rows:
                 add(row | {"context": n})
 
@@ -167,7 +167,7 @@ class Bench:
                 runner = system.make(Model(self.shape, self.frames.given, -(-total // 512) * 512))
                 add(row | speech.measure(runner, text, characters, self.settings.speech_rounds, self.settings.budget))
             except Exception as error:  # whatever a system fails by belongs in its row
-                add(row | {"refused": provenance.reason(error)})
+                add(row | {"refused": timing.why(error)})
 
     def _op(self, op: Any, case: str) -> None:
         for contender in ops.contenders(op, self.device.type):
@@ -183,3 +183,20 @@ class Bench:
             else:
                 row = made.measure(system, self.ceiling, self.settings.rounds)
             self._to("stack")(row)
+
+
+def join(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of one machine, model and commit that have different parts, as one result each."""
+    joined: dict[tuple[str, ...], dict[str, Any]] = {}
+    for result in results:
+        origin, parts = result["provenance"], {part for part in PARTS if part in result}
+        names = (result["model"], *(str(result["options"][name]) for name in ("device", "dtype")))
+        key = (provenance.machine(origin), origin["commit"], origin["torch"], *names)
+        first = joined.get(key)
+        if first is None or parts & first.keys():
+            joined[(*key, str(len(joined))) if first else key] = dict(result)
+            continue
+        extra = {name: value for name, value in result.items() if name not in first}
+        command = f"{first['provenance']['command']}; {origin['command']}"
+        joined[key] = first | extra | {"provenance": first["provenance"] | {"command": command}}
+    return list(joined.values())

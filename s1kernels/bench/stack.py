@@ -72,8 +72,7 @@ class Stack:
             run, facts = self.ready(system)
             row |= facts | timing.summary(timing.rounds(run, count, self.device, warm_up=3))
         except Exception as error:  # whatever a system fails by belongs in its row
-            reason = str(error).strip().partition("\n")[0]
-            return row | {"refused": reason if isinstance(error, Refused) else f"{type(error).__name__}: {reason}"}
+            return row | {"refused": timing.why(error)}
         moved = sum(t.nbytes for layer in self.weights.slow for t in vars(layer).values() if isinstance(t, Tensor))
         return row | timing.rates(row, moved, ceiling) | {"positions_per_second": self.x.shape[0] / row["seconds"]}
 
@@ -93,7 +92,8 @@ class Stack:
         return self._pass(torch_ops), {}
 
     def _torch_compile(self) -> tuple[Callable[[], Tensor], dict[str, Any]]:
-        return torch.compile(self._pass(torch_ops), dynamic=False), {}
+        torch.compiler.reset()  # or the sizes before would use up the times that a function may be compiled
+        return torch.compile(self._pass(torch_ops), dynamic=False, fullgraph=True), {}
 
     def _cuda_graph(self) -> tuple[Callable[[], Tensor], dict[str, Any]]:
         return self._captured(self._pass(torch_ops)), {}

@@ -89,7 +89,7 @@ class Frames:
                 runner, facts = self.ready(system, n)
                 row |= facts | self._time(runner, n)
             except Exception as error:  # whatever a system fails by belongs in its row
-                row["refused"] = str(error) if isinstance(error, Refused) else provenance.reason(error)
+                row["refused"] = timing.why(error)
             report(row)
 
     def ready(self, system: System, n: int) -> tuple[Runner, dict[str, Any]]:
@@ -111,7 +111,7 @@ class Frames:
             try:
                 self._made = (*key, system.make(Model(self.shape, self.given, capacity)))
             except Exception as failure:
-                self._failed[key] = provenance.reason(failure)
+                self._failed[key] = timing.why(failure)
                 raise
         runner, text = self._made[2], self.yardstick.text
         runner.load([k[:, :, :n] for k in self.yardstick.k], [v[:, :, :n] for v in self.yardstick.v])

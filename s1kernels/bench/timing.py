@@ -18,6 +18,13 @@ class Wrong(Refused):
     """Something is not correct, so that it is not timed."""
 
 
+def why(error: BaseException) -> str:
+    """One line for a row that has no number: a refusal's own words, or what else went wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else ""
+    return text if isinstance(error, Refused) else f"{type(error).__name__}: {text}"
+
+
 def rounds(
     call: Callable[[], Any], count: int, device: torch.device, warm_up: int = 1, budget: float = float("inf")
 ) -> list[float]:

@@ -45,7 +45,7 @@ def execute(options: argparse.Namespace) -> int:
     console = Console(stderr=True)
     old = _read(options.compare) if options.compare else None
     if options.merge:
-        results = [_read(path) for path in options.merge]
+        results = run.join([_read(path) for path in options.merge])
     else:
         results = [_measure(options, console)]
         provenance.write(options.out / "bench.json", results[0])
@@ -114,6 +114,8 @@ def _compare(old: dict[str, Any], new: dict[str, Any], console: Console) -> int:
     machines = [provenance.machine(result["provenance"]) for result in (old, new)]
     if machines[0] != machines[1]:
         console.print(f"the old result is of another machine ({machines[0]}, not {machines[1]})", markup=False)
+    reads = [result["read_bandwidth"]["gigabytes_per_second"] for result in (old, new)]
+    console.print(f"memory was read at {reads[0]:.0f} GB/s, and at {reads[1]:.0f} GB/s now", highlight=False)
     changes = compare.compare(old, new)
     if not changes:
         raise ValueError("compare: the results must have rows in common, got none; measure the same --parts")
