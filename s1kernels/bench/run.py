@@ -163,6 +163,7 @@ class Bench:
                 continue
             total = sum(speech.lengths(characters))
             try:
+                self.frames.ready(system, self.settings.contexts[0])  # what is wrong does not speak
                 text = models.prompt(self.shape, total, self.device)
                 runner = system.make(Model(self.shape, self.frames.given, -(-total // 512) * 512))
                 add(row | speech.measure(runner, text, characters, self.settings.speech_rounds, self.settings.budget))
