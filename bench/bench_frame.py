@@ -26,8 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import provenance
-import read_bandwidth
 import torch
 from frame_table import COMPILED, EAGER, milliseconds, show, title
 from rich.console import Console
@@ -37,6 +35,7 @@ from yardstick import FORCED, Yardstick, forced_logits, forget_caches, memory, p
 from s1kernels import Engine, fish_speech
 from s1kernels.backends import triton
 from s1kernels.backends.cuda import providers
+from s1kernels.bench import provenance, read_bandwidth
 from s1kernels.cli import demo
 
 REPLAYS = 100
