@@ -139,8 +139,8 @@ def persistent(engine: Engine, frame: Tensor, position: int, ceiling: float, cou
         Refused: the kernel does not serve the model here.
     """
     from s1kernels.backends.cuda import persistent_frame
-    from s1kernels.backends.cuda.draws import Draws
     from s1kernels.backends.cuda.support import run
+    from s1kernels.draws import Draws
 
     config, weights, rows, device = engine.config, engine.weights, engine.active_rows, frame.device
     if reason := persistent_frame.refusal(config, weights, rows.head, config.fast_rows):
