@@ -93,7 +93,7 @@ def test_plain_torch_and_the_engine_decode_the_same_frames(frames):
     assert plain.decode(text[:, 8:9], 8, 3, seed=0) == 3
     engine = EngineRunner(model, "reference").engine
     engine.prefill(text[:, :8])
-    engine.decoder._draw_noise = lambda generator: None
+    engine.decoder.noise.draw = lambda generator: None
     assert torch.equal(plain.tokens[0], list(engine.frames(text[:, 8:9], 8, 3, SAMPLING))[-1])
 
 
