@@ -26,8 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import provenance
-import read_bandwidth
 import torch
 from frame_table import COMPILED, EAGER, milliseconds, show, title
 from rich.console import Console
@@ -37,6 +35,7 @@ from yardstick import FORCED, Yardstick, forced_logits, forget_caches, memory, p
 from s1kernels import Engine, fish_speech
 from s1kernels.backends import triton
 from s1kernels.backends.cuda import providers
+from s1kernels.bench import provenance, read_bandwidth
 from s1kernels.cli import demo
 
 REPLAYS = 100
@@ -115,7 +114,7 @@ class Bench:
         for cache in others:
             self.measure_all(self.build(cache), contenders[0], cache, yardsticks)
         self.measure_all(model, contenders[-1], first, yardsticks)  # compiling takes longest, so it comes last
-        self.result["patch_to_first_frame"] = self.startup(first)
+        self.startup(first)
         if self.cuda:
             self.count_all(model, contenders, yardsticks[self.options.context[0]].prompt)
 
@@ -330,12 +329,12 @@ class Bench:
         free, total = torch.cuda.mem_get_info(self.device)
         return {"allocated": torch.cuda.memory_allocated(self.device), "device": total - free}
 
-    def startup(self, cache: int) -> dict[str, Any]:
+    def startup(self, cache: int) -> None:
         """Seconds from patch to the first frame, each in a process of its own."""
         command = [sys.executable, str(Path(__file__).with_name("bench_startup.py"))]
         command += ["--device", self.options.device, "--dtype", self.options.dtype, "--cache", str(cache)]
         command += ["--context", str(self.options.context[0]), *(["--small"] if self.options.small else [])]
-        times = {}
+        times = self.result["patch_to_first_frame"] = {}
         with tempfile.TemporaryDirectory() as empty:
             cold = {"S1KERNELS_CUDA_PROVIDER": "nvrtc", "S1KERNELS_CACHE_DIR": empty}
             ways = {"compiled": {"S1KERNELS_CUDA_PROVIDER": "compiled"}, "nvrtc, cold": cold, "nvrtc, warm": cold}
@@ -353,7 +352,7 @@ class Bench:
                 lines = (done.stderr if done.returncode else done.stdout).strip().splitlines() or ["no output"]
                 times[name] = {"refused": lines[-1]} if done.returncode else json.loads(lines[-1])
                 self.console.print(f"patch to first frame, {name}: {times[name]}")
-        return times
+                self.save()
 
     def attempt(self, name: str, call: Callable[[], Any]) -> None:
         try:

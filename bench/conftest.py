@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import provenance
 import pytest
-import read_bandwidth
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from s1kernels.bench import provenance, read_bandwidth
+from s1kernels.bench.timing import Refused, Wrong
+
+REFUSED = pytest.StashKey[list[dict[str, str]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,7 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default=default, help=f"torch device (default here: {default})")
     group.addoption("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     group.addoption("--every-case", action="store_true", help="all cases of the contracts, not only S1-mini's shapes")
-    group.addoption("--compiled", action="store_true", help="torch.compile of the references too, which takes a while")
+    group.addoption("--small", action="store_true", help="a small model: does it run at all?")
+    group.addoption("--compiled", action="store_true", help="torch.compile too, which takes a while")
 
 
 @pytest.fixture(scope="session")
@@ -42,8 +46,23 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["provenance"] = provenance.collect(torch.device(config.getoption("--device")))
 
 
-def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """Keeps a result small: without single rounds, texts of parameters, and what the processor can do."""
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
+    """What cannot run here is skipped, what is wrong fails; both are rows of the result, with their reasons."""
+    try:
+        return (yield)
+    except Refused as error:
+        row = {"name": pyfuncitem.name, "reason": str(error)}
+        pyfuncitem.config.stash.setdefault(REFUSED, []).append(row)
+        if isinstance(error, Wrong):
+            raise
+        pytest.skip(str(error))
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """Adds what was refused, and keeps a result small: without single rounds, texts of parameters, and what the
+    processor can do."""
+    output_json["refused"] = config.stash.get(REFUSED, [])
     output_json["machine_info"].get("cpu", {}).pop("flags", None)
     for bench in output_json["benchmarks"]:
         bench["stats"].pop("data", None)

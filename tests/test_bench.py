@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import TINY
 
 from s1kernels import registry
+from s1kernels.bench import ops, timing
 from s1kernels.cli import demo
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-TINY = dict(
-    vocab_size=4500, n_layer=2, dim=64, n_head=4, n_local_heads=2, head_dim=16, intermediate_size=96, n_fast_layer=1,
-    fast_dim=64, fast_n_head=4, fast_n_local_heads=2, fast_head_dim=16, fast_intermediate_size=96,
-)  # fmt: skip
 SECONDS = {"upstream": 3e-3, "s1kernels": 1e-3}  # a frame, by a clock that is never late
 
 
@@ -81,6 +79,22 @@ def test_bench_frame_side_by_side(run_frame, monkeypatch, capsys):
         assert text in table
 
 
+def test_readme_has_the_results_numbers():
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "readme_numbers.py"), "--check"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not done.stdout
+
+
+def test_readme_that_drifts_is_noticed(bench, monkeypatch):
+    numbers = bench("readme_numbers")
+    text = "before\n<!-- ops: ops-cpu-2-cores.json -->\nfour times\n<!-- end -->\nafter\n"
+    filled = numbers.fill(text)
+    assert filled != text and filled.startswith("before\n") and filled.endswith("<!-- end -->\nafter\n")
+    assert "four times" not in filled and numbers.fill(filled) == filled
+
+
 def test_bench_frame_refuses_what_is_less_accurate(bench, run_frame, monkeypatch):
     """No number for logits that are worse than upstream's."""
     frame = bench("bench_frame")
@@ -95,22 +109,25 @@ def test_bench_frame_refuses_what_is_less_accurate(bench, run_frame, monkeypatch
     assert "is larger than upstream's" in row["refused"] and "seconds_per_frame" not in row
 
 
-def run_ops(tmp_path, *arguments):
-    """bench_ops.py as a command -> what it says, and its JSON."""
-    path = tmp_path / "ops.json"
+def run_benches(tmp_path, *arguments):
+    """pytest in bench/ as a command -> what it says, and its JSON."""
+    path = tmp_path / "bench.json"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(BENCH / "bench_ops.py"), "--device", "cpu",
-         "--benchmark-json", str(path), *arguments],
-        capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, cwd=tmp_path, timeout=600,
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cpu", "--benchmark-json",
+         str(path), *arguments],
+        capture_output=True, text=True, cwd=tmp_path, timeout=600,
+        env=os.environ | {"COLUMNS": "200", "PYTHONPATH": os.pathsep.join([*sys.path, str(BENCH.with_name("tests"))])},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_bench_ops_side_by_side(tmp_path):
-    said, result = run_ops(tmp_path, "--dtype", "float32", "-k", "swiglu-minimal or s1_fast_last or rms_norm-odd")
+    said, result = run_benches(
+        tmp_path, str(BENCH / "bench_ops.py"), "--dtype", "float32", "-k", "s1_prompt or s1_fast_last"
+    )
     rows = {(r["op"], r["case"], r["contender"]): r for r in (b["extra_info"] for b in result["benchmarks"])}
-    cases = {("swiglu", "minimal"), ("attention_decode", "s1_fast_last"), ("rms_norm", "odd")}
+    cases = {("swiglu", "s1_prompt"), ("attention_decode", "s1_fast_last"), ("rms_norm", "s1_prompt")}
     native = set() if registry.BACKENDS["cpu"]() else {"cpu"}
     assert set(rows) == {(*case, name) for case in cases for name in {"eager", "library"} | native}
     for row in rows.values():
@@ -121,9 +138,26 @@ def test_bench_ops_side_by_side(tmp_path):
         assert text in said
 
 
+def test_benches_of_systems(tmp_path):
+    files = [str(BENCH / f"bench_{name}.py") for name in ("context", "rtf", "stack")]
+    chosen = "not stack or (512/8/4/64 and step)"
+    said, result = run_benches(tmp_path, "-p", "tiny_model", "--small", "-k", f"({chosen}) and not ONNX", *files)
+    rows = [bench["extra_info"] for bench in result["benchmarks"]]
+    measured = {(row["system"], row.get("context", row.get("characters", row.get("mode")))) for row in rows}
+    systems = {row["system"] for row in rows}
+    assert {"PyTorch eager"} < systems and any(name.startswith("s1kernels") for name in systems)
+    assert {key for _, key in measured} == {0, 8, 12, "step"}
+    for row in rows:
+        assert row["error"] < 0.03 and (row.get("times_real_time") or row["positions_per_second"]) > 0
+    reasons = {row["name"]: row["reason"] for row in result["refused"]}
+    assert reasons["test_context[0-CUDA_graphs]"] == reasons["test_text[12-CUDA_graphs]"] == "it needs a CUDA device"
+    assert reasons["test_stack[Simple_Transformer_512/8/4/64-step-CUDA graph]"] == "it needs a CUDA device"
+    assert "a frame after 8 positions" in said
+
+
 @pytest.mark.parametrize("ours", [True, False], ids=["a back end", "a library's call"])
-def test_bench_ops_refuses_to_time_what_is_wrong(bench, monkeypatch, ours):
-    ops, op = bench("bench_ops"), registry.OPS["swiglu"]
+def test_ops_that_are_wrong_are_not_timed(monkeypatch, ours):
+    op = registry.OPS["swiglu"]
 
     def wrong(gate, up, out):
         out.copy_(torch.nn.functional.silu(gate) * up * 1.001)
@@ -131,7 +165,7 @@ def test_bench_ops_refuses_to_time_what_is_wrong(bench, monkeypatch, ours):
     monkeypatch.setitem(registry.BACKENDS, "planted", lambda: None)
     monkeypatch.setitem(op.impls, "planted", registry.Impl("planted", wrong))
     contender = ops.Contender(op, "planted", wrong, ours)
-    with pytest.raises(pytest.fail.Exception, match="refused, for it is wrong"):
+    with pytest.raises(timing.Wrong, match="refused, for it is wrong"):
         ops.gate(contender, "odd", torch.float32, torch.device("cpu"))
     honest = ops.Contender(op, "library", ops.LIBRARY["swiglu"], False)
     assert ops.gate(honest, "odd", torch.float32, torch.device("cpu")) < 1e-6

@@ -29,7 +29,7 @@ def named(section):
 def quick(monkeypatch):
     """Checks that take a moment."""
     monkeypatch.setattr(selfcheck, "OPS", {name: registry.OPS[name] for name in ("rms_norm", "linear_residual")})
-    monkeypatch.setattr(selfcheck, "SMALL", SMALL)
+    monkeypatch.setattr(demo, "SMALL", SMALL)
     monkeypatch.setattr(selfcheck, "SECONDS", 0.05)
 
 

@@ -10,16 +10,15 @@ from torch import Tensor
 
 from s1kernels import registry, testing
 from s1kernels.backends.cuda.device import capability
-from s1kernels.cli.demo import FRAMES_PER_SECOND, S1_MINI, SMALL
+from s1kernels.bench import models
+from s1kernels.cli.demo import FRAMES_PER_SECOND
 from s1kernels.engine import Engine
-from s1kernels.model.config import from_upstream
-from s1kernels.model.weights import Weights
 from s1kernels.registry import OPS
 from s1kernels.sampling import Sampling
 
 SECONDS = 1.5  # of frames that are timed
 ROOM = 3e9  # bytes that S1-mini takes in 16 bits, with some to spare
-CONTEXT, WARM, MOST = 64, 8, 256  # frames; together they fit into the first cache
+CONTEXT, WARM, MOST = 64, 8, 256  # frames; the longest run fits into the first cache
 
 
 def dtype_of(device: torch.device) -> torch.dtype:
@@ -29,42 +28,28 @@ def dtype_of(device: torch.device) -> torch.dtype:
 
 
 def check_ops(device: torch.device) -> Iterator[testing.Outcome]:
-    """Every op on its first case, the model's own sizes, by each back end that can serve it."""
+    """Every op on its first case, the model's own sizes, by the back end that "auto" takes; those of the reference
+    need no check."""
     for op in OPS.values():
-        for impl in registry.candidates(op.name, device.type):
-            if impl.backend != "reference" and registry.BACKENDS[impl.backend]() is None:
-                case, dtype = next(iter(op.cases)), dtype_of(device)
-                yield testing.check_op(op, impl.backend, case, dtype, device=device.type, offset=0)
+        able = [i.backend for i in registry.candidates(op.name, device.type) if not registry.BACKENDS[i.backend]()]
+        if able[0] != "reference":
+            case = next(iter(op.cases))
+            yield testing.check_op(op, able[0], case, dtype_of(device), device=device.type, offset=0)
 
 
 def time_frames(device: torch.device) -> tuple[float, str]:
     """Seconds a frame, of which model. S1-mini's shape on a GPU with room for it, else fewer layers; random weights."""
-    whole = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > ROOM
-    shape = S1_MINI if whole else SMALL
-    vocabulary = int(shape["vocab_size"])
-    config = from_upstream(
-        shape | {"model_type": "dual_ar", "max_seq_len": 512}, semantic_begin=vocabulary - 4096,
-        semantic_end=vocabulary - 1, end_token=0, line="s1",
-    )  # fmt: skip
-    generator, dtype = torch.Generator(device).manual_seed(0), dtype_of(device)
-
-    def draw(key: str, size: tuple[int, ...]) -> Tensor:
-        if len(size) == 1:
-            return torch.ones(size, dtype=dtype, device=device)
-        return torch.empty(size, dtype=dtype, device=device).normal_(0, size[-1] ** -0.5, generator=generator)
-
-    weights = Weights.build(config, draw)
-    weights.head[config.end_token] = 0  # its logit is outside the nucleus of these, so that it never comes
-    engine = Engine(config, weights)
-    prompt = torch.zeros(config.codebooks + 1, CONTEXT, dtype=torch.int32)
+    small = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] < ROOM
+    config, dtype = models.config(small, CONTEXT + MOST), dtype_of(device)
+    engine = Engine(config, models.weights(config, dtype, device))
+    prompt = models.prompt(config, CONTEXT, device)
     engine.generate(prompt, WARM, seed=1)
     warm = _seconds(engine, prompt, WARM)
     seconds = _seconds(engine, prompt, min(MOST, max(WARM, int(SECONDS / warm))))
-    name = f"{'S1-mini' if whole else 'S1-mini with 6 of 28 slow layers'}, {str(dtype).removeprefix('torch.')}"
     served = ", ".join(sorted(set(engine.backends.values())))
     if frame := getattr(engine.decoder, "frame", None):  # of the CUDA kernels
         served += f": {frame.persistent or 'one persistent kernel'}"
-    return seconds, f"{name}, served by {served}"
+    return seconds, f"{models.describe(config)}; {str(dtype).removeprefix('torch.')}; served by {served}"
 
 
 def times_real_time(seconds: float) -> float:

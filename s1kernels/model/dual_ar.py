@@ -65,31 +65,29 @@ class DualAR:
         return self.stack(self.embed(tokens), self.weights.slow, self.weights.cos_sin, position, k_caches, v_caches)
 
     def prefill(self, tokens: Tensor, start: int, k_caches: list[Tensor], v_caches: list[Tensor]) -> None:
-        """Write the k and v of one sequence's frames, [T, N+1] from position `start` on, into its caches.
+        """Write the k and v of one sequence's frames, [T, N+1] from position `start` on, into its caches."""
+        self.read(self.embed(tokens), start, k_caches, v_caches)
+
+    def read(self, x: Tensor, start: int, k_caches: list[Tensor], v_caches: list[Tensor]) -> Tensor:
+        """[T, C] of one sequence, from position `start` on, through the slow stack at once.
 
         Between our ops, the framework's matrix products and attention do the work: over many rows they are at their
         best.
         """
-        c, w, ops, T = self.config, self.weights, self.ops, tokens.shape[0]
-        position = torch.arange(start, start + T, dtype=torch.int32, device=tokens.device)
-        mask = None if start == 0 else position[:, None] >= torch.arange(start + T, device=tokens.device)
-        x = self.embed(tokens)
+        c, w, ops, T = self.config, self.weights, self.ops, x.shape[0]
+        position = torch.arange(start, start + T, dtype=torch.int32, device=x.device)
+        mask = None if start == 0 else position[:, None] >= torch.arange(start + T, device=x.device)
         for layer, k_cache, v_cache in zip(w.slow, k_caches, v_caches, strict=True):
             n = ops.rms_norm(x, layer.attention_norm, c.norm_eps)
             qkv = F.linear(n, layer.wqkv, layer.qkv_bias)
             q = ops.qk_norm_rotary_append(
                 qkv, layer.q_norm, layer.k_norm, w.cos_sin, position, k_cache, v_cache, c.norm_eps
             )
-            k, v = (
-                cache[:, :, : start + T].repeat_interleave(q.shape[1] // cache.shape[1], dim=1)
-                for cache in (k_cache, v_cache)
-            )
-            attended = F.scaled_dot_product_attention(
-                q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None
-            )
-            x = x + F.linear(attended[0].transpose(0, 1).flatten(1), layer.wo, layer.o_bias)
+            attended = attend(q, k_cache[:, :, : start + T], v_cache[:, :, : start + T], mask)
+            x = x + F.linear(attended, layer.wo, layer.o_bias)
             n = ops.rms_norm(x, layer.ffn_norm, c.norm_eps)
             x = x + F.linear(ops.swiglu(F.linear(n, layer.w1), F.linear(n, layer.w3)), layer.w2)
+        return x
 
     def decode_frame(
         self,
@@ -145,3 +143,14 @@ class DualAR:
         return [
             like.new_empty(rows, stack.kv_heads, self.config.codebooks, stack.head_dim) for _ in range(stack.layers)
         ]
+
+
+def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None) -> Tensor:
+    """[T, H*D], the attention of q [T, H, D] over one sequence's k and v [1, G, S, D].
+
+    `mask` [T, S] says which positions a row sees; None: none that come later. The copies of k and v, one for every
+    query head, are gone when this returns.
+    """
+    k, v = (cache.repeat_interleave(q.shape[1] // cache.shape[1], dim=1) for cache in (k_cache, v_cache))
+    y = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None)
+    return y[0].transpose(0, 1).flatten(1)

@@ -50,7 +50,7 @@ def inputs(make: Any, *, B: int, C: int) -> tuple:
 
 
 CASES = {
-    "prompt": dict(B=200, C=1024),
+    "s1_prompt": dict(B=200, C=1024),
     "odd": dict(B=7, C=37),
     "past_a_block": dict(B=65, C=1025),
     "minimal": dict(B=1, C=1),

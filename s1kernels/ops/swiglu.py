@@ -49,7 +49,7 @@ def inputs(make: Any, *, B: int, F: int) -> tuple:
 
 
 CASES = {
-    "prompt": dict(B=200, F=3072),
+    "s1_prompt": dict(B=200, F=3072),
     "odd": dict(B=7, F=37),
     "past_a_block": dict(B=65, F=1025),
     "minimal": dict(B=1, F=1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -38,22 +39,54 @@ def collect(device: torch.device) -> dict[str, Any]:
         "environment": {name: os.environ[name] for name in CHOICES if name in os.environ},
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
-        "platform": platform_facts(),
+        "platform": platform_facts() | {"kind": kind()},
         "threads": torch.get_num_threads(),
-        "gpu": gpu_facts(device),
+        "gpu": gpu_facts(device) | clocks(device),
     }
+
+
+def kind() -> str:
+    """The kind of system that the GPU is driven by: "Linux", "WSL2", "native Windows" or "macOS"."""
+    if "microsoft" in platform.uname().release.lower():
+        return "WSL2"
+    return {"Windows": "native Windows", "Darwin": "macOS"}.get(platform.system(), platform.system())
+
+
+def clocks(device: torch.device) -> dict[str, str]:
+    """A GPU's clocks (now and at most), power limit and driver model (WDDM or TCC, on Windows), as nvidia-smi says."""
+    if device.type != "cuda":
+        return {}
+    fields = ["clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit", "driver_model.current"]
+    identity = str(torch.cuda.get_device_properties(device).uuid)
+    command = ["nvidia-smi", f"--id=GPU-{identity}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    values = [value.strip() for value in _first_line(command).split(",")]
+    if len(values) != len(fields):
+        return {}
+    return {name: value for name, value in zip(fields, values, strict=True) if not value.startswith("[N/A")}
+
+
+def machine(origin: dict[str, Any]) -> str:
+    """The machine of a result in a few words: its GPU or processor, and its kind of system."""
+    facts = origin["platform"]
+    name = origin["gpu"].get("name") or f"{facts['processor'] or facts['machine']}, {origin['threads']} threads"
+    return f"{name}, {facts.get('kind', 'WSL2' if facts['wsl'] else facts['system'].partition('-')[0])}"
 
 
 def _program() -> str:
     path = Path(sys.argv[0])
+    if path.parent.name == "s1kernels" or path.stem == "s1kernels":
+        return "python -m s1kernels"
     return "pytest" if "pytest" in (path.name, path.parent.name) else f"python bench/{path.name}"
 
 
 def commit() -> str:
-    """$S1KERNELS_COMMIT, for copies without a history, else what git says; "+" marks changes since."""
+    """$S1KERNELS_COMMIT, for copies without a history, else git's; "+" marks changes since. Empty if unknown."""
     if "S1KERNELS_COMMIT" in os.environ:
         return os.environ["S1KERNELS_COMMIT"]
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    top = _first_line([*git, "rev-parse", "--show-toplevel"])
+    if not (top and (Path(top) / "csrc" / "build.json").exists()):  # installed, perhaps within another project
+        return ""
     head = _first_line([*git, "rev-parse", "HEAD"])
     return head + "+" * bool(head and _first_line([*git, "status", "--porcelain", "--untracked-files=no"]))
 
