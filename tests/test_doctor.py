@@ -101,7 +101,8 @@ def test_a_gpu_and_its_kernels(machine):
     found = named(findings.gpus())
     assert found["driver"].value == "572.16, for CUDA 12.8"
     assert found["cuda:0"].value == "RTX 4090, compute capability 8.9, 128 SMs"
-    assert found["cuda:0 driver model"].value == "WDDM; no time limit"
+    assert found["cuda:0 driver model"].value == "WDDM"
+    assert found["cuda:0 time limit of kernels"].value == "none"
     assert found["cuda:0 cooperative launch"].value == "yes"
     assert found["cuda:0 programmatic dependent launch"].value.startswith("no: it needs compute capability 9.0")
     served = named(findings.kernels())

@@ -12,7 +12,7 @@ static int call_failed(const char* name, int result) {
   if (result) fprintf(stderr, "%s: error %d\n", name, result);
   return result;
 }
-#define CALL(name, types, ...) call_failed(#name, ((int (*) types)(void*)GetProcAddress(library, #name))(__VA_ARGS__))
+#define CALL(name, types, ...) call_failed(#name, ((int(*) types)(void*)GetProcAddress(library, #name))(__VA_ARGS__))
 
 static char* read_file(const char* path) {
   FILE* file = fopen(path, "rb");

@@ -46,24 +46,28 @@ def software() -> list[Finding]:
     native = Finding("native module", f"built by {info.compiler}" if info.native else info.reason)
     if not info.native:
         native = Finding("native module", f"none: {info.reason}", "note", "only models on the CPU need it")
-    cuda = torch.version.cuda
-    has_torch = Finding("torch", f"{torch.__version__}, {f'CUDA {cuda}' if cuda else 'without CUDA'}")
-    if not cuda and _driver_error() is None:
-        has_torch = Finding("torch", has_torch.value, "problem", f"there is an NVIDIA driver: {GET_TORCH}")
-    elif cuda and not torch.cuda.is_available():
-        state: State = "note" if _driver_error() else "problem"
-        advice = "see the driver, below" if state == "note" else "run nvidia-smi: does it list the GPU?"
-        has_torch = Finding("torch", f"{has_torch.value}, finds no GPU", state, advice)
     triton = triton_available()
     return [
         Finding("s1kernels", f"{s1kernels.__version__} in {Path(s1kernels.__file__).parent}"),
         Finding("system", f"{facts['system']}{', WSL' if facts['wsl'] else ''}"),
         Finding("python", f"{facts['python']}, {sys.executable}"),
         Finding("processor", f"{facts['processor']}, {facts['cores']} cores"),
-        has_torch,
+        _torch(),
         native,
         Finding("Triton", triton or "can serve", "note" if triton else "ok", "not needed" if triton else ""),
     ]
+
+
+def _torch() -> Finding:
+    cuda = torch.version.cuda
+    version = f"{torch.__version__}, {f'CUDA {cuda}' if cuda else 'without CUDA'}"
+    if cuda and not torch.cuda.is_available():
+        if _driver_error():
+            return Finding("torch", f"{version}, finds no GPU", "note", "see the driver, below")
+        return Finding("torch", f"{version}, finds no GPU", "problem", "run nvidia-smi: does it list the GPU?")
+    if not cuda and not _driver_error():
+        return Finding("torch", version, "problem", f"there is an NVIDIA driver: {GET_TORCH}")
+    return Finding("torch", version)
 
 
 def gpus() -> list[Finding]:
@@ -75,11 +79,13 @@ def gpus() -> list[Finding]:
         found.append(_tdr())
     models = _driver_models()
     for index, name in enumerate(driver.gpus()):
-        found += _describe(index, name, models.get(index, "not told"))
+        found += _describe(index, name)
+        if index in models:
+            found.append(Finding(f"cuda:{index} driver model", models[index]))
     return found
 
 
-def _describe(index: int, name: str, model: str) -> list[Finding]:
+def _describe(index: int, name: str) -> list[Finding]:
     """One GPU."""
 
     def ask(what: Attribute) -> int:
@@ -88,7 +94,7 @@ def _describe(index: int, name: str, model: str) -> list[Finding]:
     cooperative = "yes" if ask(Attribute.COOPERATIVE_LAUNCH) else "no: no persistent frame"
     arch, here, oldest = _arch(index), f"cuda:{index}", dotted(providers.OLDEST)
     usable = arch >= providers.OLDEST
-    limit = "kernels that take too long are ended" if ask(Attribute.EXEC_TIMEOUT) else "no time limit"
+    limit = "the system ends what takes too long" if ask(Attribute.EXEC_TIMEOUT) else "none"
     overlap = arch >= PDL_CAPABILITY and driver.driver().version >= PDL_DRIVER
     needs = f"no: it needs compute capability {dotted(PDL_CAPABILITY)} and a driver for CUDA {dotted(PDL_DRIVER)}"
     return [
@@ -96,7 +102,7 @@ def _describe(index: int, name: str, model: str) -> list[Finding]:
             here, f"{name}, compute capability {dotted(arch)}, {ask(Attribute.MULTIPROCESSORS)} SMs",
             "ok" if usable else "problem", "" if usable else f"kernels need {oldest} or later: use another GPU",
         ),
-        Finding(f"{here} driver model", f"{model}; {limit}"),
+        Finding(f"{here} time limit of kernels", limit),
         Finding(f"{here} cooperative launch", cooperative),
         Finding(f"{here} programmatic dependent launch", "yes" if overlap else needs),
         Finding(f"{here} bfloat16", "yes" if arch >= (8, 0) else "no: model.half() before patch"),
