@@ -118,19 +118,20 @@ def kernels() -> list[Finding]:
     if _driver_error():
         return [Finding("provider", "no driver to load kernels into", "note")]
     found = [Finding("asked for", chosen)]
+    names = list(providers.PROVIDERS) if chosen == "auto" else [chosen]
     for index in range(len(driver.gpus())):
-        arch, by_provider = _arch(index), defaultdict(list)
-        names = providers.PROVIDERS if chosen == "auto" else [chosen]
+        served: dict[str, list[str]] = defaultdict(list)
+        refused: dict[str, str] = {}
         for source in sources.names():
-            offers = providers.offers(source, arch)
-            by_provider[next((name for name in names if offers[name] is None), "")].append(source)
-        refused = {n: why for n, why in providers.offers(None, arch).items() if why and n in names}
+            offers = providers.offers(source, _arch(index))
+            served[next((name for name in names if offers[name] is None), "nobody")].append(source)
+            refused |= {name: why for name, why in offers.items() if why and name in names}
         advice = "; ".join(f"{name}: {why}" for name, why in refused.items())
-        for name, served in by_provider.items():
-            whole = "every kernel" if len(by_provider) == 1 else ", ".join(served)
-            state: State = "ok" if name else "problem"
-            found.append(Finding(f"cuda:{index}", f"{name or 'nobody'}: {whole}", state, "" if name else advice))
-        if "" not in by_provider:
+        for name, these in served.items():
+            value = f"{name}: {'every kernel' if len(served) == 1 else ', '.join(these)}"
+            missing = name == "nobody"
+            found.append(Finding(f"cuda:{index}", value, "problem" if missing else "ok", advice if missing else ""))
+        if "nobody" not in served:
             found += [Finding(f"cuda:{index}, not {name}", why, "note") for name, why in refused.items()]
     return found
 
