@@ -5,6 +5,7 @@ import torch
 from cuda_models import HALVES, LIMIT, SAMPLED, build, needs_gpu, prompt, without
 
 from s1kernels import Engine
+from s1kernels.backends.cuda import driver
 from s1kernels.ops import references
 from s1kernels.testing import rel_error
 
@@ -22,6 +23,14 @@ def engine(name, dtype, persistent=True, **options):
 def served():
     if reason := engine("s1_mini", HALVES[0]).decoder.frame.persistent:
         pytest.skip(f"the persistent kernel does not serve here: {reason}")
+
+
+def test_it_needs_cooperative_launches(monkeypatch):
+    """Windows' display driver may have none."""
+    monkeypatch.setattr(driver, "attribute", lambda index, which: 0)
+    served = engine("s1_mini", HALVES[0])
+    assert served.decoder.frame.persistent == "driver and GPU have no cooperative launches"
+    assert served.generate(prompt("s1_mini", 4, "cuda"), 3, SAMPLED, seed=1).shape[1] == 3
 
 
 @pytest.mark.parametrize("constrained", [False, True], ids=["all", "constrained"])
