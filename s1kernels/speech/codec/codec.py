@@ -37,27 +37,29 @@ class Codec:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-    ) -> Codec:
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+        settings: Settings | None = None,
+    ) -> Codec:  # fmt: skip
         """Read a codec from its file.
 
         Args:
             path: codec.pth as it is published, or the folder that it is in.
             device: where the weights go.
             dtype: float32, bfloat16 or float16; None keeps the file's. The codebooks are float32 in any case.
+            settings: what the file's tensors do not say; None: S1-mini's.
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: it is damaged, or a tensor is missing, unknown, misshapen or not finite; the message names it.
             TypeError: a tensor is quantised, or dtype is none of the three.
         """
-        return cls.from_state(files.read(path), device, dtype)
+        return cls.from_state(files.read(path), device, dtype, settings)
 
     @classmethod
     def from_state(
         cls, state: Mapping[str, Any], device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
         settings: Settings | None = None,
     ) -> Codec:  # fmt: skip
-        """As `from_checkpoint`, from the state dict of upstream's module; settings None: S1-mini's."""
+        """As `from_checkpoint`, from the state dict of upstream's module."""
         return cls(State(state, torch.device(device), dtype), settings or Settings())
 
     @torch.inference_mode()
