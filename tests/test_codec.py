@@ -49,7 +49,7 @@ def test_decode_is_upstreams(model, codec, frames):
     truth = model.decode(codes[None].clone(), torch.tensor([frames]))[0][0, 0]
     kept = codes.clone()
     audio = codec.decode(codes)
-    assert audio.dtype == torch.float32 and 0.1 < audio.std() < 0.5
+    assert audio.dtype == torch.float32 and 0.02 < audio.std() < 0.5  # neither silent nor clipped
     close(audio, truth)
     assert torch.equal(codes, kept)
     assert torch.equal(codec.decode(codes.int()), audio)
