@@ -1,4 +1,4 @@
-"""The command line: `s1kernels info | verify | demo | bench | run`. Each command is a module of its name."""
+"""The command line: `s1kernels info | verify | demo | bench | run | say`. Each command is a module of its name."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from s1kernels.cli import bench, demo, info, run, verify
+from s1kernels.cli import bench, demo, info, run, say, verify
 
-COMMANDS = {"info": info, "verify": verify, "demo": demo, "bench": bench, "run": run}
+COMMANDS = {"info": info, "verify": verify, "demo": demo, "bench": bench, "run": run, "say": say}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
