@@ -47,16 +47,18 @@ def save_s1(directory: Path, end: float = 3.0, **overrides) -> Path:
     directory.mkdir(exist_ok=True)
     texts = save_tiktoken(directory / "tokenizer.tiktoken")
     tokenizer = FishTokenizer(directory / "tokenizer.tiktoken", ALL_SPECIAL_TOKENS[: 15 + CODES])
-    sizes = SIZES | dict(vocab_size=texts + 15 + CODES, max_seq_len=2560) | overrides
+    sizes = SIZES | dict(vocab_size=texts + 15 + CODES, max_seq_len=4096) | overrides
     torch.manual_seed(0)
     llama.DualARTransformer(llama.DualARModelArgs(**sizes), tokenizer).save_pretrained(directory)
 
-    def likelier(state):
-        state["output.weight"][texts + 4] *= end
-        state["output.weight"][:texts] *= 0.5
+    def speech_only(state):
+        head = state["output.weight"]
+        last = head[texts + 4] * end
+        head[: texts + 15] = 0  # neither text nor other special tokens are ever the likeliest
+        head[texts + 4] = last
         return state
 
-    edit_pth(directory, likelier)
+    edit_pth(directory, speech_only)
     return directory
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 
 from s1kernels.speech.extra import require
 
-PART_BYTES = 300
-"""Most of UTF-8 that is spoken in one part: some 20 s of English or 25 s of Chinese, what the model was trained on."""
+PART_SECONDS = 20
+"""Usual seconds that are spoken in one part at most: some 280 letters or 80 Chinese characters."""
 
 QUOTES = {"‘": "'", "’": "'"}
 PICTOGRAMS = re.compile("[\U0001f1e0-\U0001f1ff\U0001f300-\U0001f64f\U0001f680-\U0001f6ff]+")
@@ -21,7 +21,7 @@ WORD_END = re.compile(r"(?<=\s)(?=\S)")
 SLOWEST, PAUSES = 3, 5.0
 """A text may take so many times what it usually takes, and so many seconds more."""
 
-LETTER, WIDE, SYMBOL = 0.08, 0.25, 0.4
+LETTER, WIDE, SYMBOL = 0.07, 0.25, 0.4
 """Seconds that are usual for a letter, for a Chinese, Japanese or Korean character, and for a digit or a sign."""
 
 
@@ -43,8 +43,8 @@ def clean(text: str) -> str:
     return re.sub(",{2,}", ",", PICTOGRAMS.sub("", text))
 
 
-def split(text: str, limit: int = PART_BYTES) -> list[str]:
-    """A text's parts, each of at most `limit` bytes of UTF-8 (>= 32), without white space at their ends.
+def split(text: str, limit: float = PART_SECONDS) -> list[str]:
+    """A text's parts, each of at most `limit` usual seconds (>= 1), without white space at their ends.
 
     Parts end where sentences do, in whatever script; a sentence that is too long is cut where a clause ends, else
     between words, else between characters. Joined, they are the text, but for white space.
@@ -52,7 +52,7 @@ def split(text: str, limit: int = PART_BYTES) -> list[str]:
     Raises:
         ModuleNotFoundError: the text is longer than one part, and sentencex or regex is not installed.
 
-    >>> split("One. Two is longer.", limit=32)
+    >>> split("One. Two is longer.")
     ['One. Two is longer.']
     """
     parts = (part.strip() for part in _parts(text, limit, (_sentences, CLAUSE_END.split, WORD_END.split, _letters)))
@@ -76,16 +76,19 @@ def _seconds(character: str) -> float:
     return {"L": LETTER, "M": LETTER, "Z": LETTER, "N": SYMBOL, "S": SYMBOL}.get(kind, LETTER)
 
 
-def _parts(text: str, limit: int, ways: tuple[Callable[[str], Iterable[str]], ...]) -> list[str]:
+def _parts(text: str, limit: float, ways: tuple[Callable[[str], Iterable[str]], ...]) -> list[str]:
     """Split in the first of the ways, what is still too long in the next ones, and join again what fits."""
-    if len(text.encode()) <= limit or not ways:
+    if usual_seconds(text) <= limit or not ways:
         return [text]
-    joined = [""]
+    joined, taken = [""], 0.0
     for piece in (part for long in ways[0](text) for part in _parts(long, limit, ways[1:])):
-        if len((joined[-1] + piece).encode()) <= limit:
+        seconds = usual_seconds(piece)
+        if taken + seconds <= limit:
             joined[-1] += piece
+            taken += seconds
         else:
             joined.append(piece)
+            taken = seconds
     return joined
 
 
@@ -95,4 +98,4 @@ def _sentences(text: str) -> list[str]:
 
 def _letters(text: str) -> list[str]:
     """Characters as readers see them, marks included; single ones of what has too many marks."""
-    return [part for seen in require("regex").findall(r"\X", text) for part in _parts(seen, 32, (list,))]
+    return [part for seen in require("regex").findall(r"\X", text) for part in _parts(seen, 1, (list,))]
