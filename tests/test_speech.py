@@ -145,7 +145,7 @@ def test_sound_that_is_on_its_way_does_not_hold_up_frames(monkeypatch):
             yield frame
 
     codec = StandInCodec()
-    for codes, samples in pipeline.sounds(decoded(), codec, torch.device("cpu"), beside=True):
+    for codes, samples in pipeline.sounds(decoded(), codec, torch.device("cpu")):
         handed.append((codes, samples, len(log)))
     assert [codes.shape[1] for codes, _, _ in handed] == [4, 8, 16, 2] == codec.chunks
     assert handed[0][2] == 8 and handed[1][2] == 20  # frames went on meanwhile

@@ -63,20 +63,19 @@ class Sound:
 
 
 def sounds(
-    frames: Iterable[Tensor], codec: Codec, device: torch.device, beside: bool
+    frames: Iterable[Tensor], codec: Codec, device: torch.device, side: torch.cuda.Stream | None = None
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Codes and samples, chunk by chunk, of frames as they are decoded.
 
     Args:
         frames: codes [N] each, in host memory. An error in them is raised after the sound of those before it.
         device: the model's and the codec's.
-        beside: on a GPU, whether the codec works while the next frames are decoded, in a stream of its own; else it
-            works in between, in the same one.
+        side: on a GPU, the stream in which the codec works while the next frames are decoded in the current one; None
+            lets it work in between.
     Yields:
         Codes [N, n] and samples [n * frame_samples] float32, in order.
     """
     stream, sizes = codec.stream(), chain(CHUNKS, repeat(CHUNKS[-1]))
-    side = torch.cuda.Stream(device) if device.type == "cuda" and beside else None
     size = next(sizes)
     waiting: list[Tensor] = []
     working: deque[Sound] = deque()

@@ -53,6 +53,9 @@ class Speech:
         self.engine, self.codec = engine, codec
         self.prompt = Prompt(engine.config, text_tokenizer)
         self.device = engine.weights.head.device
+        self._side = None  # a stream for the codec, which may not work beside a persistent kernel
+        if self.device.type == "cuda" and not engine.persistent:
+            self._side = torch.cuda.Stream(self.device)
         self._speaking = threading.Lock()
 
     @classmethod
@@ -221,7 +224,7 @@ class Speech:
         if not self._speaking.acquire(blocking=False):
             raise RuntimeError("speech: one text must be spoken at a time, got a second; finish or close the first")
         try:
-            yield from sounds(frames, self.codec, self.device, beside=not self.engine.persistent)
+            yield from sounds(frames, self.codec, self.device, self._side)
         finally:
             self._speaking.release()
 
