@@ -114,6 +114,11 @@ void swiglu(const std::string& dtype, Address gate, Address up, Address out, int
   run(&Kernels::swiglu, {dtype_of(dtype), at(gate), at(up), at(out), rows, intermediate}, threads);
 }
 
+void snake(const std::string& dtype, Address x, Address alpha, Address out, int rows, int channels, int length,
+           int threads) {
+  run(&Kernels::snake, {dtype_of(dtype), at(x), at(alpha), at(out), rows, channels, length}, threads);
+}
+
 void sample_token(Address logits, Address noise, Address ras_noise, Address window, Address ids, Address out, int rows,
                   int vocabulary, int window_length, float temperature, float top_p, float repetition_penalty,
                   int top_k, int semantic_begin, int semantic_end, int threads) {
@@ -239,6 +244,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rms_norm_logits", &rms_norm_logits);
   m.def("rms_norm", &rms_norm);
   m.def("swiglu", &swiglu);
+  m.def("snake", &snake);
   m.def("sample_token", &sample_token);
   py::class_<Frame>(m, "Frame")
       .def(py::init(&make_frame), py::arg("config"), py::arg("weights"))

@@ -77,6 +77,7 @@ SIZES = {
             penalty=st.floats(0.5, 2, width=32), spread=st.sampled_from([0.02, 1, 9]),
         )
     ),
+    "snake": st.fixed_dictionaries(dict(B=size(3), C=size(9), T=size(), scale=st.sampled_from([1.0, 300.0]))),
     "swiglu": st.fixed_dictionaries(dict(B=size(9), F=size())),
 }  # fmt: skip
 
@@ -149,6 +150,7 @@ FREE = {
     "rms_norm_qkv": {("x", 0)},
     "rms_norm_swiglu": {("x", 0)},
     "sample_token": {("window", 1)},
+    "snake": {("x", 0), ("x", 2)},
     "swiglu": set(),
 }
 """Dimensions that no other argument of the case shares, so that they may be of any size."""

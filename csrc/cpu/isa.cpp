@@ -23,10 +23,11 @@ namespace s1 {
   void rms_norm_logits(const RmsNormLogits&, int, int);                                             \
   void rms_norm(const RmsNorm&, int, int);                                                          \
   void swiglu(const Swiglu&, int, int);                                                             \
+  void snake(const Snake&, int, int);                                                               \
   void sample_token(const SampleToken&, int, int);                                                  \
   const Kernels table = {embed_frame,     rms_norm_qkv,    qk_norm_rotary_append, attention_decode, \
                          linear_residual, rms_norm_swiglu, rms_norm_logits,       rms_norm,         \
-                         swiglu,          sample_token};                                            \
+                         swiglu,          snake,           sample_token};                           \
   }
 S1_DECLARE_OPS(scalar)
 #if S1_X86

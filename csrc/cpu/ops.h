@@ -143,6 +143,14 @@ struct Swiglu {
   int rows, intermediate;
 };
 
+struct Snake {
+  DType dtype;
+  const void* x;      // [B, C, T]
+  const void* alpha;  // [C]
+  void* out;          // [B, C, T]
+  int rows, channels, length;
+};
+
 struct SampleToken {
   const float* logits;         // [B, V], rows row_stride apart, as those of noise and ras_noise
   const float* noise;          // [B, V]
@@ -170,6 +178,7 @@ struct Kernels {
   void (*rms_norm_logits)(const RmsNormLogits&, int thread, int threads);
   void (*rms_norm)(const RmsNorm&, int thread, int threads);
   void (*swiglu)(const Swiglu&, int thread, int threads);
+  void (*snake)(const Snake&, int thread, int threads);
   void (*sample_token)(const SampleToken&, int thread, int threads);
 };
 

@@ -121,6 +121,11 @@ def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> None:
     _C.swiglu(_NAMES[gate.dtype], _at(gate), _at(up), _at(out), *gate.shape, torch.get_num_threads())
 
 
+@implement("snake", backend="cpu", supports=_supports)
+def snake(x: Tensor, alpha: Tensor, out: Tensor) -> None:
+    _C.snake(_NAMES[x.dtype], _at(x), _at(alpha), _at(out), *x.shape, torch.get_num_threads())
+
+
 @implement("sample_token", backend="cpu", supports=_supports)
 def sample_token(
     logits: Tensor, noise: Tensor, ras_noise: Tensor | None, window: Tensor | None, ids: Tensor | None,

@@ -61,6 +61,7 @@ LIBRARY: dict[str, Callable[..., Any]] = {
     "rms_norm_swiglu": lambda x, norm, w1, w3, eps, out: out.copy_(
         F.silu(F.linear(_normed(x, norm, eps), w1)) * F.linear(_normed(x, norm, eps), w3)
     ),
+    "snake": lambda x, alpha, out: out.copy_(x + torch.sin(alpha[:, None] * x).square() / (alpha[:, None] + 1e-9)),
     "swiglu": lambda gate, up, out: out.copy_(F.silu(gate) * up),
 }
 """The best calls of torch for an op; those that are missing have none."""

@@ -230,7 +230,7 @@ def _read_state(directory: Path, config: DualARConfig) -> State:
     file = next((name for name in FILES[config.line] if (directory / name).is_file()), None)
     if file is None:
         raise _missing(directory, " or ".join(FILES[config.line]))
-    read = _read_shards if file == INDEX else _read_pickle if file.endswith(".pth") else _read_safetensors
+    read = _read_shards if file == INDEX else read_pickle if file.endswith(".pth") else _read_safetensors
     state: State = {}
     for key, tensor in read(directory / file).items():
         name = _upstream_key(key)
@@ -250,7 +250,7 @@ def _read_state(directory: Path, config: DualARConfig) -> State:
     return state
 
 
-def _read_pickle(path: Path) -> Mapping[str, Any]:
+def read_pickle(path: Path) -> Mapping[str, Any]:
     """torch.save's file, without executing what it may ask for."""
     try:
         found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

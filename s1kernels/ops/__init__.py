@@ -3,10 +3,10 @@
 Sizes have one letter everywhere (kernels, docstrings, tests):
 
     B rows (sequences, or consecutive positions of one)     D  head_dim          N  codebooks
-    T new positions of one sequence                         H  query heads       K  codebook size
+    T new positions of one sequence, or samples             H  query heads       K  codebook size
     R caches, one a sequence                                G  key/value heads   K' codes that are sampled
     S positions that a cache can hold                       L  layers            V  rows of the head that are sampled
-    C hidden width                                          F  feed-forward      W  tokens of the repetition window
+    C hidden width, or channels                             F  feed-forward      W  tokens of the repetition window
 """
 
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ from s1kernels.ops.rms_norm_logits import rms_norm_logits
 from s1kernels.ops.rms_norm_qkv import rms_norm_qkv
 from s1kernels.ops.rms_norm_swiglu import rms_norm_swiglu
 from s1kernels.ops.sample_token import sample_token
+from s1kernels.ops.snake import snake
 from s1kernels.ops.swiglu import swiglu
 
 references = SimpleNamespace(**{name: op.reference for name, op in registry.OPS.items()})
@@ -39,5 +40,6 @@ __all__ = [
     "rms_norm_qkv",
     "rms_norm_swiglu",
     "sample_token",
+    "snake",
     "swiglu",
 ]

@@ -15,6 +15,7 @@ from s1kernels.backends.cuda import (
     rms_norm_qkv,
     rms_norm_swiglu,
     sample_token,
+    snake,
     swiglu,
 )
 from s1kernels.backends.cuda.providers import unavailable as available
@@ -31,5 +32,6 @@ __all__ = [
     "rms_norm_qkv",
     "rms_norm_swiglu",
     "sample_token",
+    "snake",
     "swiglu",
 ]

@@ -18,6 +18,7 @@ if available() is None:
         rms_norm_qkv,
         rms_norm_swiglu,
         sample_token,
+        snake,
         swiglu,
     )
 
