@@ -75,7 +75,7 @@ class StandInCodec:
     sample_rate, frame_samples = SAMPLE_RATE, FRAME_SAMPLES
 
     def __init__(self, codebooks: int = 3) -> None:
-        self.codebooks, self.chunks = codebooks, []
+        self.codebook_sizes, self.chunks = (CODES,) * codebooks, []
 
     def decode(self, codes):
         return StandInStream(self).push(codes)
@@ -85,7 +85,7 @@ class StandInCodec:
         frames = -(-len(audio) // FRAME_SAMPLES)
         loudness = np.abs(np.resize(audio, frames * FRAME_SAMPLES).reshape(frames, -1)).mean(1)
         codes = torch.from_numpy((loudness * 997).astype(np.int64) % CODES)
-        return torch.stack([(codes + i) % CODES for i in range(self.codebooks)])
+        return torch.stack([(codes + i) % CODES for i in range(len(self.codebook_sizes))])
 
     def stream(self):
         return StandInStream(self)
@@ -96,7 +96,7 @@ class StandInStream:
         self.codec, self.total = codec, 0
 
     def push(self, codes):
-        assert codes.shape[0] == self.codec.codebooks and codes.shape[1] >= 1
+        assert codes.shape[0] == len(self.codec.codebook_sizes) and codes.shape[1] >= 1 and int(codes.max()) < CODES
         self.codec.chunks.append(codes.shape[1])
         totals = self.total + (codes.long() * torch.tensor([[1], [5], [11]])).sum(0).cumsum(0)
         self.total = int(totals[-1])

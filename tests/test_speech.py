@@ -3,6 +3,7 @@
 import itertools
 import re
 
+import codec_models
 import numpy as np
 import pytest
 import soundfile
@@ -14,6 +15,7 @@ from s1kernels import IncompleteSpeech, Sampling, Speech, Voice
 from s1kernels.speech import audio, pipeline, speech
 from s1kernels.speech.pipeline import CHUNKS
 from s1kernels.speech.text import split
+from s1kernels.testing import rel_error
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, repetition_penalty=1.25)  # 1.25 is exact in upstream's bfloat16
 FREE = Sampling(temperature=1.0, top_p=1.0, repetition_penalty=1.0)
@@ -132,6 +134,20 @@ def test_streaming_is_saying_in_chunks(tts):
     rest = list(chunks)
     assert np.array_equal(np.concatenate([first, *rest]), whole.samples)
     assert sizes[: len(CHUNKS) + 1] == [*CHUNKS, CHUNKS[-1]] and sum(sizes) == whole.codes.shape[1]
+
+
+def test_the_codec_itself_speaks(tmp_path, monkeypatch):
+    model = codec_models.build()
+    monkeypatch.setattr(speech, "load_codec", lambda *_: codec_models.ours(model))
+    tts = Speech.from_checkpoint(save_s1(tmp_path, num_codebooks=4), device="cpu")
+    spoken = tts.say("It's 12:30, isn't it?", seed=5, sampling=FREE)
+    sizes = torch.tensor(codec_models.CODES)[:, None]
+    assert spoken.codes.shape[1] > sum(CHUNKS[:2]) and (spoken.codes >= sizes).any()  # upstream clamps those
+    with torch.inference_mode():
+        theirs = model.decode(torch.minimum(spoken.codes, sizes - 1)[None], torch.tensor([spoken.codes.shape[1]]))[0]
+    assert rel_error(torch.from_numpy(spoken.samples), theirs[0, 0]) < 1e-5
+    tone(tmp_path / "ref.wav")
+    assert tts.clone(tmp_path / "ref.wav", "A tone.").codes.shape == (4, 44)
 
 
 def test_sound_that_is_on_its_way_does_not_hold_up_frames(monkeypatch):

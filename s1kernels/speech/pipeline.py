@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat
 from typing import Protocol
@@ -20,7 +20,7 @@ class CodecStream(Protocol):
     """A codec's state between chunks."""
 
     def push(self, codes: Tensor) -> Tensor:
-        """Codes [N, n], integers -> their samples [n * frame_samples], float32, on the codec's device."""
+        """Codes [N, n] int64 on the host -> their samples [n * frame_samples] float32, on the codec's device."""
         ...
 
 
@@ -29,7 +29,11 @@ class Codec(Protocol):
 
     sample_rate: int  # Hz
     frame_samples: int  # samples that a frame's codes become
-    codebooks: int  # N
+
+    @property
+    def codebook_sizes(self) -> Sequence[int]:
+        """Codes of each of the N codebooks."""
+        ...
 
     def encode(self, audio: np.ndarray, sample_rate: int) -> Tensor:
         """Samples [S] -> codes [N, T]."""
@@ -67,6 +71,8 @@ def sounds(
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Codes and samples, chunk by chunk, of frames as they are decoded.
 
+    Codes that a codebook does not have are spoken as its last one, as upstream does.
+
     Args:
         frames: codes [N] each, in host memory. An error in them is raised after the sound of those before it.
         device: the model's and the codec's.
@@ -76,7 +82,7 @@ def sounds(
         Codes [N, n] and samples [n * frame_samples] float32, in order.
     """
     stream, sizes = codec.stream(), chain(CHUNKS, repeat(CHUNKS[-1]))
-    size = next(sizes)
+    size, last = next(sizes), torch.tensor(codec.codebook_sizes)[:, None] - 1
     waiting: list[Tensor] = []
     working: deque[Sound] = deque()
     error: Exception | None = None
@@ -85,8 +91,8 @@ def sounds(
         codes = torch.stack(waiting, dim=1)
         waiting.clear()
         with torch.inference_mode(), _on(device, side):
-            there = codes.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else codes
-            working.append(Sound(codes, stream.push(there)))
+            known = torch.minimum(codes.long(), last)
+            working.append(Sound(codes, stream.push(known.pin_memory() if device.type == "cuda" else known)))
 
     try:
         for frame in frames:

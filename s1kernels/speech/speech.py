@@ -45,11 +45,10 @@ class Speech:
     """
 
     def __init__(self, engine: Engine, text_tokenizer: tokenizer.Tokenizer, codec: Codec) -> None:
-        if codec.codebooks != engine.config.codebooks:
-            raise ValueError(
-                f"Speech: codec must have the model's {engine.config.codebooks} codebooks, got {codec.codebooks}; "
-                "take both from one checkpoint"
-            )
+        codebooks, found = engine.config.codebooks, len(codec.codebook_sizes)
+        if found != codebooks:
+            expected = f"codec must have the model's {codebooks} codebooks"
+            raise ValueError(f"Speech: {expected}, got {found}; take both from one checkpoint")
         self.engine, self.codec = engine, codec
         self.prompt = Prompt(engine.config, text_tokenizer)
         self.device = engine.weights.head.device
@@ -172,7 +171,7 @@ class Speech:
         prompt = torch.cat([self.prompt.opening(), self.prompt.turn("Hello.")], dim=1)
         generator = torch.Generator(self.device).manual_seed(0)
         list(self.engine.stream(prompt, 2, generator=generator))  # the first frame, and those after it
-        silence = torch.zeros(self.codec.codebooks, dtype=torch.int32)
+        silence = torch.zeros(self.engine.config.codebooks, dtype=torch.int32)
         list(self._alone([silence] * sum(CHUNKS)))
 
     def _sampling(self, temperature: float | None, top_p: float | None, sampling: Sampling | None) -> Sampling:
@@ -229,7 +228,7 @@ class Speech:
             self._speaking.release()
 
     def _joined(self, chunks: list[Chunk]) -> Audio:
-        codes = [torch.zeros(self.codec.codebooks, 0, dtype=torch.int32), *(codes for codes, _ in chunks)]
+        codes = [torch.zeros(self.engine.config.codebooks, 0, dtype=torch.int32), *(codes for codes, _ in chunks)]
         samples = [np.zeros(0, np.float32), *(samples for _, samples in chunks)]
         return Audio(np.concatenate(samples), self.sample_rate, torch.cat(codes, dim=1))
 
