@@ -39,28 +39,50 @@ def upstream():
 
 def build(seed=0):
     """A DAC of S1-mini's structure, of 2048 samples a frame, a few channels wide."""
+    sizes = dict(n_layer=2, n_head=2, dim=64, intermediate_size=96)
+    return lively(dac(SETTINGS, CODES, 2, 4, 32, sizes), seed)
+
+
+def build_full(seed=0):
+    """A DAC of S1-mini's shape."""
+    sizes = dict(n_layer=8, n_head=16, dim=1024, intermediate_size=3072)
+    return lively(dac(Settings(), (4096, *[1024] * 9), 4, 64, 1536, sizes), seed)
+
+
+def dac(settings, codes, layers, encoder_dim, decoder_dim, sizes):
     modded_dac, rvq = upstream()
-    torch.manual_seed(seed)
 
     def config(**sizes):
-        return modded_dac.ModelArgs(block_size=512, head_dim=SETTINGS.head_dim, rope_base=10000, norm_eps=1e-5, **sizes)
+        return modded_dac.ModelArgs(
+            block_size=1024,
+            head_dim=settings.head_dim,
+            rope_base=settings.rope_base,
+            norm_eps=settings.norm_eps,
+            **sizes,
+        )
 
     def transformer():
-        sizes = dict(n_layer=2, n_head=2, dim=64, intermediate_size=96)
-        return modded_dac.WindowLimitedTransformer(config(**sizes), input_dim=64, window_size=SETTINGS.window)
+        width, window = sizes["dim"], settings.window
+        return modded_dac.WindowLimitedTransformer(config(**sizes), input_dim=width, window_size=window)
 
     quantizer = rvq.DownsampleResidualVectorQuantize(
-        input_dim=64, n_codebooks=len(CODES) - 1, codebook_size=CODES[1], semantic_codebook_size=CODES[0],
+        input_dim=sizes["dim"], n_codebooks=len(codes) - 1, codebook_size=codes[1], semantic_codebook_size=codes[0],
         downsample_factor=(2, 2), pre_module=transformer(), post_module=transformer(),
     )  # fmt: skip
-    codec = modded_dac.DAC(
-        encoder_dim=4, encoder_rates=[2, 4, 8, 8], decoder_dim=32, decoder_rates=[8, 8, 4, 2], quantizer=quantizer,
-        encoder_transformer_layers=[0, 0, 0, 2],
-        transformer_general_config=config,
+    return modded_dac.DAC(
+        encoder_dim=encoder_dim, encoder_rates=[2, 4, 8, 8], decoder_dim=decoder_dim, decoder_rates=[8, 8, 4, 2],
+        quantizer=quantizer, encoder_transformer_layers=[0, 0, 0, layers], transformer_general_config=config,
     ).eval()  # fmt: skip
+
+
+def lively(codec, seed):
+    """Seeded weights under which the signal keeps its size and every term counts."""
+    torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in codec.named_parameters():
-            if name.endswith("original0"):  # magnitudes that keep the signal's size
+            if parameter.dim() > 1 and "alpha" not in name:
+                parameter.normal_(0, 0.6 * parameter[0].numel() ** -0.5)
+            if name.endswith("original0"):  # magnitudes
                 inputs, outputs, taps = codec.get_parameter(name[:-1] + "1").shape
                 raises = name.startswith("decoder") and inputs == 2 * outputs
                 parameter.uniform_(0.5, 0.9).mul_((taps / 4) ** 0.5 if raises else 1)
@@ -77,9 +99,9 @@ def ours(model, **options):
     return Codec.from_state(model.state_dict(), settings=SETTINGS, **options)
 
 
-def codes(frames, seed=1):
+def codes(frames, seed=1, sizes=CODES):
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randint(0, size, (frames,), generator=generator) for size in CODES])
+    return torch.stack([torch.randint(0, size, (frames,), generator=generator) for size in sizes])
 
 
 def audio(samples, seed=2, rate=44100):
