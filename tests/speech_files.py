@@ -96,8 +96,10 @@ class StandInStream:
         self.codec, self.total = codec, 0
 
     def push(self, codes):
-        assert codes.shape[0] == len(self.codec.codebook_sizes) and codes.shape[1] >= 1 and int(codes.max()) < CODES
+        sizes = torch.tensor(self.codec.codebook_sizes)[:, None]
+        assert codes.shape[0] == len(sizes) and codes.shape[1] >= 1 and (codes < sizes).all()
         self.codec.chunks.append(codes.shape[1])
-        totals = self.total + (codes.long() * torch.tensor([[1], [5], [11]])).sum(0).cumsum(0)
+        weights = 1 + 4 * torch.arange(len(sizes))[:, None]
+        totals = self.total + (codes.long() * weights).sum(0).cumsum(0)
         self.total = int(totals[-1])
         return (totals % 97 / 97 - 0.5).float().repeat_interleave(FRAME_SAMPLES)
