@@ -282,6 +282,8 @@ def test_other_arguments(tts):
 def test_missing_files_are_found_before_the_weights_are_read(directory, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"directory must be a folder, got .*no, which does not exist"):
         Speech.from_checkpoint(tmp_path / "no")
+    with pytest.raises(RuntimeError, match="device must be usable here, got xpu"):
+        Speech.from_checkpoint(directory, device="xpu")
     for file in ("config.json", "special_tokens.json"):
         (tmp_path / file).write_bytes((directory / file).read_bytes())
     with pytest.raises(FileNotFoundError, match=r"tokenizer.tiktoken must be in .*, got no such file; download it"):
@@ -327,6 +329,15 @@ def test_going_round_in_circles_is_reported(tts, monkeypatch):
     with pytest.raises(IncompleteSpeech, match=r"the same sound for 6 s in .Hello\..") as caught:
         tts.say("Hello.")
     assert caught.value.audio.codes.shape[1] == 20 + 130
+
+
+def test_hasty_speech_is_logged(tts, monkeypatch, caplog):
+    scripted(tts, monkeypatch, range(30))  # 1.4 s
+    with caplog.at_level("WARNING", "s1kernels"):
+        tts.say("Some thirty letters of a text.")
+        assert not caplog.records
+        tts.say("Some ninety letters of a text, three times as many. " * 2)
+    assert re.fullmatch(r"1.4 s are little for 'Some ninety letters .*': were words left out\?", caplog.messages[0])
 
 
 def test_no_speech_at_all_is_reported(tts, monkeypatch):

@@ -98,7 +98,7 @@ def load(
     >>> checkpoint = load("checkpoints/openaudio-s1-mini", dtype=torch.bfloat16)    # doctest: +SKIP
     """
     directory = Path(directory)
-    _check_request(dtype, device)
+    check_request(dtype, device)
     config = read_config(directory)
     state = _read_state(directory, config)
     Weights.from_state_dict(config, state)  # refuses missing and misshapen weights before their data is read
@@ -152,7 +152,8 @@ def read_config(directory: str | Path) -> DualARConfig:
     return config
 
 
-def _check_request(dtype: torch.dtype | None, device: str | torch.device) -> None:
+def check_request(dtype: torch.dtype | None, device: str | torch.device) -> None:
+    """Raise as `load` does for a dtype or a device that cannot be used."""
     if dtype is not None and dtype not in DTYPES:
         raise _error(f"dtype must be {_DTYPES} or None", _name(dtype), "choose one of them", TypeError)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -14,12 +15,17 @@ from torch import Tensor
 from s1kernels.engine import Engine
 from s1kernels.sampling import Sampling
 from s1kernels.speech.prompt import Prompt
+from s1kernels.speech.text import usual_seconds
 
 if TYPE_CHECKING:
     from s1kernels.speech.audio import Audio
 
 LOOP_SECONDS, LOOP_TOKENS = 6.0, 3
 """So long with no more than so many different tokens is no speech, and no pause either."""
+
+HASTE = 4  # speech that is so many times shorter than usual has left something out
+
+logger = logging.getLogger("s1kernels")
 
 
 class IncompleteSpeech(RuntimeError):
@@ -73,6 +79,8 @@ class Conversation:
                 self._unread = torch.cat([frame[:, None].to(torch.int32), self.prompt.closing()], dim=1)
                 if not said:
                     raise IncompleteSpeech(part.text, "no speech at all")
+                if (seconds := len(said) / self.frame_rate) < usual_seconds(part.text) / HASTE:
+                    logger.warning("%.1f s are little for %r: were words left out?", seconds, part.text[:60])
                 self._last = self.prompt.spoken(part.text, torch.stack(said, dim=1))
                 return
             said.append(frame[1:])

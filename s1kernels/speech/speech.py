@@ -26,7 +26,7 @@ from s1kernels.speech.voice import Voice
 SAMPLING = {"s1": Sampling(0.8, 0.8, 1.1), "2.0": Sampling(1.0, 0.9, top_k=30)}
 """Upstream's own defaults, line by line."""
 
-WARM_POSITIONS = 2048  # of the cache, made at warm-up: a reference, a part of a text and what was said before it
+WARM_POSITIONS = 4096  # of the cache, made at warm-up: a reference, what was said, and the most of a part
 
 Chunk = tuple[Tensor, np.ndarray]  # codes [N, n] and their samples
 
@@ -80,9 +80,10 @@ class Speech:
             RuntimeError: the device cannot be used. ModuleNotFoundError: a package is missing.
         """
         directory = Path(directory)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        checkpoint.check_request(dtype, device)
         text_tokenizer = tokenizer.load(directory, checkpoint.read_config(directory))  # what is small is read first
-        codec = load_codec(directory, device, dtype)
+        codec = load_codec(directory, torch.device(device), dtype)
         model = checkpoint.load(directory, dtype=dtype, device=device, progress=progress)
         return cls(Engine(model.config, model.weights, **options), text_tokenizer, codec)
 
@@ -134,7 +135,7 @@ class Speech:
             Audio at `sample_rate`, with its codes.
         Raises:
             ValueError: there is nothing to speak, the reference does not fit the model or its context, or an argument
-                is out of range. IncompleteSpeech: the model found no end; its `audio` has what was spoken.
+                is out of range. IncompleteSpeech: a part did not come to its end; `audio` has what was spoken.
             RuntimeError: another text is being spoken.
         """
         spoken: list[Chunk] = []
@@ -159,8 +160,7 @@ class Speech:
     ) -> Iterator[np.ndarray]:
         """As `say`, in chunks as soon as they are there: float32 [S] at `sample_rate`, small ones first.
 
-        Joined they are what `say` returns. Arguments are checked at once, and `IncompleteSpeech`
-        comes after the last chunk.
+        Joined they are what `say` returns. Arguments are checked at once, and `IncompleteSpeech` ends the last chunk.
         """
         chunks = self._speak(text, reference, seed, self._sampling(temperature, top_p, sampling), max_seconds)
         return (samples for _, samples in chunks)
