@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,21 @@ def test_a_file(suffix, say, expected, tmp_path):
     samples = read(path)
     assert len(samples) == len(expected)
     assert suffix == ".ogg" or np.abs(samples - expected).max() < 1e-4
+
+
+def test_what_the_closing_line_says(say, monkeypatch, tmp_path):
+    push = StandInStream.push
+
+    def slow(self, codes):
+        time.sleep(0.05)
+        return push(self, codes)
+
+    monkeypatch.setattr(StandInStream, "push", slow)
+    _, told = say(TEXT, "-o", tmp_path / "out.wav")
+    numbers = r"([\d.]+) s of .* after (\d+) ms, RTF ([\d.]+), ([\d.]+) times real time, ([\d.]+) frames/s"
+    seconds, first, factor, times, rate = map(float, re.search(numbers, told).groups())
+    assert 50 <= first < 1000 * factor * seconds - 100  # the other chunks came later
+    assert factor * times == pytest.approx(1, rel=0.05) and rate == pytest.approx(times * 21.533, rel=0.05)
 
 
 def test_text_from_a_file_or_from_standard_input(say, expected, monkeypatch, tmp_path):
