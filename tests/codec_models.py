@@ -40,30 +40,27 @@ def upstream():
 def build(seed=0):
     """A DAC of S1-mini's structure, of 2048 samples a frame, a few channels wide."""
     sizes = dict(n_layer=2, n_head=2, dim=64, intermediate_size=96)
-    return lively(dac(SETTINGS, CODES, 2, 4, 32, sizes), seed)
+    return lively(dac(SETTINGS, CODES, (512, 512), 2, 4, 32, sizes), seed)
 
 
 def build_full(seed=0):
-    """A DAC of S1-mini's shape."""
+    """A DAC of S1-mini's shape, as modded_dac_vq.yaml has it."""
     sizes = dict(n_layer=8, n_head=16, dim=1024, intermediate_size=3072)
-    return lively(dac(Settings(), (4096, *[1024] * 9), 4, 64, 1536, sizes), seed)
+    return lively(dac(Settings(), (4096, *[1024] * 9), (16384, 4096), 4, 64, 1536, sizes), seed)
 
 
-def dac(settings, codes, layers, encoder_dim, decoder_dim, sizes):
+def dac(settings, codes, positions, layers, encoder_dim, decoder_dim, sizes):
     modded_dac, rvq = upstream()
 
-    def config(**sizes):
+    def config(block_size=positions[0], **sizes):
+        base, eps = settings.rope_base, settings.norm_eps
         return modded_dac.ModelArgs(
-            block_size=1024,
-            head_dim=settings.head_dim,
-            rope_base=settings.rope_base,
-            norm_eps=settings.norm_eps,
-            **sizes,
+            block_size=block_size, head_dim=settings.head_dim, rope_base=base, norm_eps=eps, **sizes
         )
 
     def transformer():
         width, window = sizes["dim"], settings.window
-        return modded_dac.WindowLimitedTransformer(config(**sizes), input_dim=width, window_size=window)
+        return modded_dac.WindowLimitedTransformer(config(positions[1], **sizes), input_dim=width, window_size=window)
 
     quantizer = rvq.DownsampleResidualVectorQuantize(
         input_dim=sizes["dim"], n_codebooks=len(codes) - 1, codebook_size=codes[1], semantic_codebook_size=codes[0],

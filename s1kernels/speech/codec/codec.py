@@ -1,8 +1,8 @@
-"""What a program calls: `Codec`, and `Stream`, which decodes chunk by chunk."""
+"""What a program calls: `Codec`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,7 @@ from s1kernels.speech.codec import state as files
 from s1kernels.speech.codec.layers import Past
 from s1kernels.speech.codec.network import Decoder, Encoder, Quantizers, Settings
 from s1kernels.speech.codec.state import State, error
-
-FRAMES = 64
-"""Frames that are decoded or encoded at once, so that long audio takes no more memory than this."""
+from s1kernels.speech.codec.stream import FRAMES, Stream
 
 
 class Codec:
@@ -75,9 +73,7 @@ class Codec:
         Numerics: convolutions and products in the codec's dtype, the vectors of the codes and the last tanh in float32.
         Source: fish_speech/models/dac/modded_dac.py, DAC.decode.
         """
-        stream = self.stream()
-        self._check_codes(codes)
-        return torch.cat([stream._decode(part) for part in codes.split(FRAMES, dim=1)])
+        return self.stream().push(codes)
 
     @torch.inference_mode()
     def encode(self, audio: Tensor | np.ndarray, sample_rate: int) -> Tensor:
@@ -101,11 +97,17 @@ class Codec:
             codes.append(self.quantizers.codes(self.encoder(part[None, None], past)))
         return torch.cat(codes, dim=1)
 
-    def stream(self) -> Stream:
-        """A decoder that takes its codes chunk by chunk."""
-        return Stream(self)
+    def stream(self, chunks: Sequence[int] = ()) -> Stream:
+        """A decoder that takes its codes chunk by chunk.
 
-    def _check_codes(self, codes: Tensor) -> None:
+        Args:
+            chunks: numbers of frames for which a GPU captures a CUDA graph, now; chunks of other sizes run op by op.
+                The CPU has no use for them.
+        """
+        return Stream(self, chunks)
+
+    def check_codes(self, codes: Tensor) -> None:
+        """Raise unless `decode` can take the codes."""
         if not isinstance(codes, Tensor) or codes.dtype not in (torch.int32, torch.int64):
             got = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
             raise error("codes must be an int32 or int64 tensor", got, "convert them", TypeError)
@@ -135,37 +137,3 @@ class Codec:
         if not mono.isfinite().all():
             raise error("audio must be finite", "NaN or infinity", "is the file damaged?")
         return mono
-
-
-class Stream:
-    """Decodes codes as they come. What it returns, joined, is `Codec.decode` of all codes, whatever the chunks are:
-    every layer is causal, so that there is nothing to wait for and nothing left at the end. Its memory stays the same
-    however long it runs.
-    """
-
-    def __init__(self, codec: Codec) -> None:
-        self._codec, self._past = codec, Past()
-
-    @torch.inference_mode()
-    def push(self, codes: Tensor) -> Tensor:
-        """The audio of the next frames.
-
-        Args:
-            codes: [N, n] int32 or int64, n >= 1. On a GPU their check waits for them; on the CPU it does not.
-        Returns:
-            [n * frame_samples] float32, on the codec's device.
-        Raises:
-            ValueError, TypeError: as `Codec.decode`; the stream is as before.
-        """
-        self._codec._check_codes(codes)
-        return torch.cat([self._decode(part) for part in codes.split(FRAMES, dim=1)])
-
-    def _decode(self, codes: Tensor) -> Tensor:
-        codec = self._codec
-        vectors = codec.quantizers.vectors(codes.to(codec.device, torch.int64))
-        return codec.decoder(vectors.to(codec.dtype), self._past)[0, 0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the stream keeps from one chunk to the next."""
-        return self._past.nbytes

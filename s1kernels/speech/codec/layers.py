@@ -36,6 +36,17 @@ class Past:
         kept.copy_(joined.narrow(dim, joined.shape[dim] - count, count))
         return joined
 
+    def allocate(self, other: Past) -> None:
+        """Keep all that `other` keeps, as zeros where it is new."""
+        for key, kept in other._kept.items():
+            self._kept.setdefault(key, torch.zeros_like(kept))
+
+    def clear(self) -> None:
+        """As at first; the tensors stay where they are."""
+        self._seen.clear()
+        for kept in self._kept.values():
+            kept.zero_()
+
     def advance(self, key: Hashable, steps: int) -> int:
         """The number of steps that came before these."""
         before = self._seen.get(key, 0)
@@ -64,23 +75,32 @@ class Conv:
 
     def __call__(self, x: Tensor, past: Past) -> Tensor:
         """[1, C, T] -> [1, C', T / stride]; T is a multiple of the stride."""
+        if self.weight.shape[2] == 1:
+            return torch.addmm(self.bias[:, None], self.weight[..., 0], x[0])[None]
         x = past.extend(self, x, self.reach)
         return F.conv1d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
 class Upsample:
-    """A transposed convolution of `stride` or twice as many taps: a step becomes `stride` steps."""
+    """A transposed convolution of `stride` or twice as many taps: a step becomes `stride` steps. One matrix product:
+    what a step and, with twice the taps, the step before it give to each of the `stride` outputs."""
 
     def __init__(self, state: State, name: str, width: int, out: int | None, *, reach: int) -> None:
         """reach: earlier steps that a step's output needs, 0 or 1."""
-        self.weight = state.weight(name, width, out, None)
-        self.bias = state.take(f"{name}.bias", self.weight.shape[1])
-        self.reach, self.stride = reach, self.weight.shape[2] // (reach + 1)
+        weight = state.weight(name, width, out, None)
+        self.out, self.reach, self.stride = weight.shape[1], reach, weight.shape[2] // (reach + 1)
+        parts = [part.permute(1, 2, 0).flatten(0, 1) for part in weight.split(self.stride, dim=2)]
+        self.weight = torch.cat(parts, dim=1)  # [C' * stride, C * (reach + 1)], the present before the past
+        bias = state.take(f"{name}.bias", self.out)
+        self.bias = bias.repeat_interleave(self.stride)[:, None].contiguous()
 
     def __call__(self, x: Tensor, past: Past) -> Tensor:
-        """[1, C, T] -> [1, C', T * stride]. The padding cuts off what belongs to the past and to the future."""
-        x = past.extend(self, x, self.reach)
-        return F.conv_transpose1d(x, self.weight, self.bias, self.stride, self.stride * self.reach)
+        """[1, C, T] -> [1, C', T * stride]."""
+        seen, steps = past.extend(self, x, self.reach)[0], x.shape[2]
+        if self.reach:
+            seen = torch.cat((seen[:, 1:], seen[:, :-1]))
+        y = torch.addmm(self.bias, self.weight, seen).view(self.out, self.stride, steps)
+        return y.mT.reshape(1, self.out, steps * self.stride)
 
 
 class Snake:
@@ -153,12 +173,21 @@ class Transformer:
             block[scale] = state.take(f"{name}.{scale}.gamma", width)
         return block
 
-    def __call__(self, x: Tensor, past: Past) -> Tensor:
-        """[1, C, T] -> [1, C, T]."""
-        steps = x.shape[2]
-        before = past.advance(self, steps)
-        cos_sin, mask = self._cos_sin(before, steps).to(x.device), self._mask(before, steps).to(x.device)
-        h = x[0].T.contiguous()
+    def view(self, before: int, steps: int) -> tuple[Tensor, Tensor]:
+        """Where `steps` steps are that follow `before` earlier ones, on the CPU: cos_sin [T, D/2, 2], in bfloat16's
+        precision as upstream's table has it, but without its end; mask [T, window - 1 + T], what each step sees of the
+        steps kept and of these."""
+        rates = 1.0 / self.rope_base ** (torch.arange(0, self.head_dim, 2).float() / self.head_dim)
+        angles = torch.outer(torch.arange(before, before + steps), rates)
+        step, seen = torch.arange(steps)[:, None], torch.arange(self.window - 1 + steps)
+        mask = (seen >= step) & (seen < step + self.window) & (seen >= self.window - 1 - before)
+        return torch.stack((angles.cos(), angles.sin()), dim=-1).bfloat16().float(), mask
+
+    def __call__(self, x: Tensor, past: Past, view: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """[1, C, T] -> [1, C, T]. `view` None: the steps follow those that `past` has seen."""
+        steps, h = x.shape[2], x[0].T.contiguous()
+        view = view or self.view(past.advance(self, steps), steps)
+        cos_sin, mask = (part.to(x.device) for part in view)
         for i, block in enumerate(self.blocks):
             qkv = F.linear(ops.rms_norm(h, block["attention_norm"], self.eps), block["wqkv"])
             q, k, v = qkv.view(steps, 3, -1, self.head_dim).unbind(1)
@@ -171,17 +200,6 @@ class Transformer:
             y = F.linear(ops.swiglu(F.linear(n, block["w1"]), F.linear(n, block["w3"])), block["w2"])
             h = torch.addcmul(h, y, block["ffn_layer_scale"])
         return ops.rms_norm(h, self.norm, self.eps).T[None].contiguous()
-
-    def _cos_sin(self, before: int, steps: int) -> Tensor:
-        """[T, D/2, 2] on the CPU, in bfloat16's precision, as upstream's table has it, but without its end."""
-        rates = 1.0 / self.rope_base ** (torch.arange(0, self.head_dim, 2).float() / self.head_dim)
-        angles = torch.outer(torch.arange(before, before + steps), rates)
-        return torch.stack((angles.cos(), angles.sin()), dim=-1).bfloat16().float()
-
-    def _mask(self, before: int, steps: int) -> Tensor:
-        """[T, window - 1 + T] on the CPU: what each step sees of the steps kept and of these, from the first one on."""
-        step, seen = torch.arange(steps)[:, None], torch.arange(self.window - 1 + steps)
-        return (seen >= step) & (seen < step + self.window) & (seen >= self.window - 1 - before)
 
 
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:

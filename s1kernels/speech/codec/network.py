@@ -131,7 +131,7 @@ class DecoderBlock:
     def __init__(self, state: State, name: str, width: int) -> None:
         self.snake = Snake(state, f"{name}.block.0", width)
         self.raise_rate = Upsample(state, f"{name}.block.1.conv", width, None, reach=1)
-        self.width = self.raise_rate.weight.shape[1]
+        self.width = self.raise_rate.out
         self.units = [ResidualUnit(state, f"{name}.block.{2 + i}", self.width, d) for i, d in enumerate(DILATIONS)]
 
     def __call__(self, x: Tensor, past: Past) -> Tensor:
@@ -142,7 +142,8 @@ class Decoder:
     """Vectors [1, C, T] of the codebooks -> samples [1, 1, T * samples of a frame] in [-1, 1]."""
 
     def __init__(self, state: State, width: int, settings: Settings) -> None:
-        self.before: list[Any] = [settings.transformer(state, "quantizer.post_module", width, settings.window)]
+        self.transformer = settings.transformer(state, "quantizer.post_module", width, settings.window)
+        self.before: list[Any] = []
         for i in range(state.count("quantizer.upsample")):
             self.before.append(Upsample(state, f"quantizer.upsample.{i}.0.conv", width, width, reach=0))
             self.before.append(ConvNeXt(state, f"quantizer.upsample.{i}.1", width))
@@ -156,8 +157,9 @@ class Decoder:
         self.snake = Snake(state, f"decoder.model.{1 + blocks}", width)
         self.last = Conv(state, f"decoder.model.{2 + blocks}.conv", 1, width, 7)
 
-    def __call__(self, x: Tensor, past: Past) -> Tensor:
-        x = self.first(run(self.before, x, past), past)
+    def __call__(self, x: Tensor, past: Past, view: tuple[Tensor, Tensor]) -> Tensor:
+        """view: where the frames are, by the transformer's `view`."""
+        x = self.first(run(self.before, self.transformer(x, past, view), past), past)
         return torch.tanh(self.last(self.snake(run(self.blocks, x, past)), past).float())
 
     @property
