@@ -87,13 +87,16 @@ class StandInCodec:
         codes = torch.from_numpy((loudness * 997).astype(np.int64) % CODES)
         return torch.stack([(codes + i) % CODES for i in range(len(self.codebook_sizes))])
 
-    def stream(self):
+    def stream(self, chunks=()):
         return StandInStream(self)
 
 
 class StandInStream:
     def __init__(self, codec):
         self.codec, self.total = codec, 0
+
+    def reset(self):
+        self.total = 0
 
     def push(self, codes):
         sizes = torch.tensor(self.codec.codebook_sizes)[:, None]

@@ -27,7 +27,7 @@ class CodecThere(StandInCodec):
         super().__init__(CONFIG.codebooks)
         self.codebook_sizes, self.device = (CONFIG.codebook_size,) * CONFIG.codebooks, device
 
-    def stream(self):
+    def stream(self, chunks=()):
         return StreamThere(self)
 
 
@@ -40,7 +40,7 @@ def speaker(device, persistent, codec=None):
     dtype = HALVES[0] if device == "cuda" else torch.float32
     engine = without(build("s1_mini", device, dtype, persistent=persistent), CONFIG.end_token)
     tts = Speech(engine, BYTES, codec or CodecThere(device))
-    assert (tts._side is None) == (device == "cpu" or engine.persistent)
+    assert (tts.pipeline.side is None) == (device == "cpu" or engine.persistent)
     return tts
 
 

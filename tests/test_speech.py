@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 from fish_speech.models.text2semantic import inference
-from speech_files import FRAME_SAMPLES, SAMPLE_RATE, StandInCodec, save_s1
+from speech_files import FRAME_SAMPLES, SAMPLE_RATE, StandInCodec, StandInStream, save_s1
 
 from s1kernels import IncompleteSpeech, Sampling, Speech, Voice
 from s1kernels.speech import audio, pipeline, speech
@@ -161,13 +161,33 @@ def test_sound_that_is_on_its_way_does_not_hold_up_frames(monkeypatch):
             yield frame
 
     codec = StandInCodec()
-    for codes, samples in pipeline.sounds(decoded(), codec, torch.device("cpu")):
+    for codes, samples in pipeline.Pipeline(codec, torch.device("cpu"), beside=True).sounds(decoded()):
         handed.append((codes, samples, len(log)))
     assert [codes.shape[1] for codes, _, _ in handed] == [4, 8, 16, 2] == codec.chunks
     assert [at for _, _, at in handed] == [14, 20, 30, 30]  # frames went on meanwhile
     assert torch.equal(torch.cat([codes for codes, _, _ in handed], dim=1), torch.stack(frames, dim=1))
     whole = codec.decode(torch.stack(frames, dim=1)).numpy()
     assert np.array_equal(np.concatenate([samples for _, samples, _ in handed]), whole)
+
+
+def test_an_error_comes_after_the_sound_before_it(tts, monkeypatch):
+    def stream(*_, **__):
+        for i in range(10):
+            yield torch.tensor([tts.engine.config.semantic_begin, i, 1, 2], dtype=torch.int32)
+        raise FloatingPointError("decode_frame: logits must be finite")
+
+    monkeypatch.setattr(tts.engine, "stream", stream)
+    heard, chunks = [], tts.stream("Hello.")
+    with pytest.raises(FloatingPointError, match="logits must be finite"):
+        heard.extend(chunks)
+    assert sum(map(len, heard)) == 10 * FRAME_SAMPLES
+
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(StandInStream, "push", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        tts.say("Hello.")
 
 
 def test_seeds(tts):

@@ -23,6 +23,10 @@ class CodecStream(Protocol):
         """Codes [N, n] int64 on the host -> their samples [n * frame_samples] float32, on the codec's device."""
         ...
 
+    def reset(self) -> None:
+        """Begin anew."""
+        ...
+
 
 class Codec(Protocol):
     """What turns codes into sound and back."""
@@ -39,8 +43,8 @@ class Codec(Protocol):
         """Samples [S] -> codes [N, T]."""
         ...
 
-    def stream(self) -> CodecStream:
-        """A new stream: what it makes of chunks, joined, is what it makes of the whole."""
+    def stream(self, chunks: Sequence[int] = ()) -> CodecStream:
+        """A new stream, fast for chunks of these sizes. What it makes of chunks, joined, is what it makes of all."""
         ...
 
 
@@ -66,58 +70,66 @@ class Sound:
         return self._samples.numpy().copy()
 
 
-def sounds(
-    frames: Iterable[Tensor], codec: Codec, device: torch.device, side: torch.cuda.Stream | None = None
-) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Codes and samples, chunk by chunk, of frames as they are decoded.
-
-    Codes that a codebook does not have are spoken as its last one, as upstream does.
+class Pipeline:
+    """Makes sound of frames while they are decoded.
 
     Args:
-        frames: codes [N] each, in host memory. An error in them is raised after the sound of those before it.
+        codec: makes it; CUDA graphs of its chunks are captured now.
         device: the model's and the codec's.
-        side: on a GPU, the stream in which the codec works while the next frames are decoded in the current one; None
-            lets it work in between.
-    Yields:
-        Codes [N, n] and samples [n * frame_samples] float32, in order.
+        beside: on a GPU, let the codec work while the next frames are decoded, in a stream of its own (`side`); else it
+            works in between, in the same one.
     """
-    stream, sizes = codec.stream(), chain(CHUNKS, repeat(CHUNKS[-1]))
-    size, last = next(sizes), torch.tensor(codec.codebook_sizes)[:, None] - 1
-    waiting: list[Tensor] = []
-    working: deque[Sound] = deque()
-    error: Exception | None = None
 
-    def push() -> None:
-        codes = torch.stack(waiting, dim=1)
-        waiting.clear()
-        with torch.inference_mode(), _on(device, side):
-            known = torch.minimum(codes.long(), last)
-            working.append(Sound(codes, stream.push(known.pin_memory() if device.type == "cuda" else known)))
+    def __init__(self, codec: Codec, device: torch.device, beside: bool) -> None:
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" and beside else None
+        self._device, self._last = device, torch.tensor(codec.codebook_sizes)[:, None] - 1
+        with self._placed():
+            self._stream = codec.stream(CHUNKS)
 
-    try:
-        for frame in frames:
-            waiting.append(frame)
-            if len(waiting) == size:
-                push()
-                size = next(sizes)
-            while working and working[0].ready():
-                sound = working.popleft()
-                yield sound.codes, sound.samples()
-    except Exception as raised:
-        error = raised
-    if waiting:
-        push()
-    for sound in working:
-        yield sound.codes, sound.samples()
-    if error is not None:
-        raise error
+    def sounds(self, frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, np.ndarray]]:
+        """Codes [N, n] and their samples [n * frame_samples] float32, chunk by chunk.
 
+        Codes that a codebook does not have are spoken as its last one, as upstream does.
 
-@contextmanager
-def _on(device: torch.device, side: torch.cuda.Stream | None) -> Iterator[None]:
-    """Work on a device, on a GPU in the stream `side`, or in the current one if it is None."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.device(device), torch.cuda.stream(side):
-        yield
+        Args:
+            frames: codes [N] each, in host memory. An error in them is raised after the sound of those before it.
+        """
+        with self._placed():
+            self._stream.reset()
+        sizes = chain(CHUNKS, repeat(CHUNKS[-1]))
+        size, error = next(sizes), None
+        waiting: list[Tensor] = []
+        working: deque[Sound] = deque()
+        try:
+            for frame in frames:
+                waiting.append(frame)
+                if len(waiting) == size:
+                    chunk, waiting, size = waiting, [], next(sizes)
+                    working.append(self._push(chunk))
+                while working and working[0].ready():
+                    sound = working.popleft()
+                    yield sound.codes, sound.samples()
+        except Exception as raised:
+            error = raised
+        if waiting:
+            working.append(self._push(waiting))
+        for sound in working:
+            yield sound.codes, sound.samples()
+        if error is not None:
+            raise error
+
+    def _push(self, frames: list[Tensor]) -> Sound:
+        codes = torch.stack(frames, dim=1)
+        known = torch.minimum(codes.long(), self._last)
+        with self._placed():
+            return Sound(codes, self._stream.push(known.pin_memory() if self._device.type == "cuda" else known))
+
+    @contextmanager
+    def _placed(self) -> Iterator[None]:
+        """Work where the codec does."""
+        with torch.inference_mode():
+            if self._device.type != "cuda":
+                yield
+                return
+            with torch.cuda.device(self._device), torch.cuda.stream(self.side):
+                yield

@@ -18,7 +18,7 @@ from s1kernels.sampling import Sampling
 from s1kernels.speech import audio, tokenizer
 from s1kernels.speech.audio import Audio
 from s1kernels.speech.conversation import Conversation, IncompleteSpeech, Part
-from s1kernels.speech.pipeline import CHUNKS, Codec, sounds
+from s1kernels.speech.pipeline import CHUNKS, Codec, Pipeline
 from s1kernels.speech.prompt import Prompt
 from s1kernels.speech.text import clean, most_seconds, split
 from s1kernels.speech.voice import Voice
@@ -52,9 +52,7 @@ class Speech:
         self.engine, self.codec = engine, codec
         self.prompt = Prompt(engine.config, text_tokenizer)
         self.device = engine.weights.head.device
-        self._side = None  # a stream for the codec, which may not work beside a persistent kernel
-        if self.device.type == "cuda" and not engine.persistent:
-            self._side = torch.cuda.Stream(self.device)
+        self.pipeline = Pipeline(codec, self.device, beside=not engine.persistent)
         self._speaking = threading.Lock()
 
     @classmethod
@@ -223,7 +221,7 @@ class Speech:
         if not self._speaking.acquire(blocking=False):
             raise RuntimeError("speech: one text must be spoken at a time, got a second; finish or close the first")
         try:
-            yield from sounds(frames, self.codec, self.device, self._side)
+            yield from self.pipeline.sounds(frames)
         finally:
             self._speaking.release()
 
