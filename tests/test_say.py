@@ -8,13 +8,16 @@ import sys
 import time
 from pathlib import Path
 
+import codec_models
 import numpy as np
 import pytest
 import soundfile
+import torch
 from speech_files import FRAME_SAMPLES, SAMPLE_RATE, StandInCodec, StandInStream, save_s1
 
 from s1kernels import Speech, cli
 from s1kernels.speech import speech
+from s1kernels.speech.codec import Settings
 
 TEXT = "It's 12:30, isn't it?"
 CLOSING = re.compile(
@@ -183,6 +186,29 @@ def test_what_fails_later_leaves_files_as_they_were(say, tmp_path):
     assert status == 2 and "temperature must be at least 0" in told and not (tmp_path / "new.wav").exists()
 
 
+def test_a_checkpoint_directory_with_its_codec(capsys, monkeypatch, tmp_path):
+    monkeypatch.undo()  # no stand-in
+    sizes = dict(n_layer=1, n_head=1, dim=64, intermediate_size=64)
+    model = codec_models.lively(codec_models.dac(Settings(), (64, 16, 16, 16), (512, 512), 1, 4, 32, sizes), seed=0)
+    folder, out = save_s1(tmp_path / "whole", num_codebooks=4), tmp_path / "out.wav"
+    given = ["say", TEXT, "-o", str(out), "--checkpoint", str(folder), "--device", "cpu", "--seed", "3"]
+    given += ["--temperature", "1", "--top-p", "1"]
+    assert cli.main(given) == 2
+    assert re.search("codec.pth .*download it", capsys.readouterr().err) and not out.exists()
+    torch.save(model.state_dict(), folder / "codec.pth")
+    assert cli.main(given) == 0
+    tts = Speech.from_checkpoint(folder, device="cpu")
+    spoken = tts.say(TEXT, seed=3, temperature=1, top_p=1)
+    known = torch.minimum(spoken.codes, torch.tensor(tts.codec.codebook_sizes)[:, None] - 1)
+    with torch.inference_mode():
+        theirs = model.decode(known[None], torch.tensor([known.shape[1]]))[0][0, 0].numpy()
+    assert np.abs(read(out) - theirs).max() < 1e-4 and np.abs(theirs).max() > 0.01
+    other = save_s1(tmp_path / "other", num_codebooks=3)
+    torch.save(model.state_dict(), other / "codec.pth")
+    with pytest.raises(ValueError, match="codec must have the model's 3 codebooks, got 4; take both from one"):
+        Speech.from_checkpoint(other, device="cpu")
+
+
 def test_a_player_that_stops(directory, expected, tmp_path):
     script = f"""
 import sys
@@ -190,6 +216,7 @@ sys.path.append({str(Path(__file__).parent)!r})
 from speech_files import StandInCodec
 from s1kernels import cli
 from s1kernels.speech import speech
+from s1kernels.speech.codec import Settings
 speech.load_codec = lambda *_: StandInCodec()
 raise SystemExit(cli.main(["say", {TEXT!r}, "--stream", "-o", {str(tmp_path / "out.wav")!r}, "--device", "cpu",
     "--checkpoint", {str(directory)!r}, "--seed", "3", "--temperature", "1", "--top-p", "1"]))
