@@ -187,21 +187,46 @@ class Engine:
         Raises:
             ValueError: an empty or too long prompt, tokens out of range.
         """
-        sampling = sampling or Sampling()
+        device = self.weights.head.device
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        frames = self.stream(prompt, max_frames, sampling, generator=generator, start=start)
+        return torch.stack(list(frames), dim=1).to(device)
+
+    def stream(
+        self,
+        prompt: Tensor,
+        max_frames: int,
+        sampling: Sampling | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        start: int = 0,
+    ) -> Iterator[Tensor]:
+        """As `generate`, frame by frame: each [N+1] int32 in host memory, as soon as it is there.
+
+        `generator` is the source of randomness, on the model's device; None is torch's own.
+        """
         T = prompt.shape[-1]
         if prompt.dim() != 2 or T < 1 or max_frames < 1:
             got = f"{list(prompt.shape)}, {max_frames}"
             raise ValueError(f"Engine.generate: prompt must be [N+1, T >= 1], max_frames >= 1, got {got}; add a frame")
         self.cache.require(start + T + max_frames - 1)
-        device = self.weights.head.device
-        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        return self._stream(prompt, max_frames, sampling or Sampling(), generator, start)
+
+    def _stream(
+        self, prompt: Tensor, max_frames: int, sampling: Sampling, generator: torch.Generator | None, start: int
+    ) -> Iterator[Tensor]:
+        last = start + prompt.shape[1] - 1
         self.prefill(prompt[:, :-1], start)
-        last = start + T - 1
         first = self.step(prompt[:, -1:], last, sampling, None, generator)
-        codes = [first.cpu()]
-        if int(codes[0][0]) != self.config.end_token:
-            codes += self.frames(first[:, None], last + 1, max_frames - 1, sampling, generator)
-        return torch.stack(codes, dim=1).to(device)
+        codes = first.cpu()
+        yield codes
+        if int(codes[0]) != self.config.end_token:
+            yield from self.frames(first[:, None], last + 1, max_frames - 1, sampling, generator)
+
+    @property
+    def persistent(self) -> bool:
+        """Whether a frame is one persistent kernel, whose blocks wait for each other: let nothing run beside it."""
+        return getattr(getattr(self.decoder, "frame", None), "persistent", "") is None
 
     def bytes_per_frame(self, position: int) -> int:
         """Bytes that a frame at `position` must move at least."""

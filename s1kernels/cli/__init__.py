@@ -1,4 +1,5 @@
-"""The command line: `s1kernels info | doctor | verify | demo | bench | run`. Each command is a module of its name."""
+"""The command line: `s1kernels info | doctor | verify | demo | bench | run | say`. Each command is a module of its
+name."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from s1kernels.cli import bench, demo, doctor, info, run, verify
+from s1kernels.cli import bench, demo, doctor, info, run, say, verify
 
-COMMANDS = {"info": info, "doctor": doctor, "verify": verify, "demo": demo, "bench": bench, "run": run}
+COMMANDS = {
+    "info": info, "doctor": doctor, "verify": verify, "demo": demo, "bench": bench, "run": run, "say": say,
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

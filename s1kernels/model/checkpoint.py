@@ -98,8 +98,8 @@ def load(
     >>> checkpoint = load("checkpoints/openaudio-s1-mini", dtype=torch.bfloat16)    # doctest: +SKIP
     """
     directory = Path(directory)
-    _check_request(directory, dtype, device)
-    config = _read_config(directory)
+    check_request(dtype, device)
+    config = read_config(directory)
     state = _read_state(directory, config)
     Weights.from_state_dict(config, state)  # refuses missing and misshapen weights before their data is read
     unknown = sorted(state.keys() - _keys(config))
@@ -122,23 +122,14 @@ def load(
     return Checkpoint(config, Weights.from_state_dict(config, state), directory)
 
 
-def _check_request(directory: Path, dtype: torch.dtype | None, device: str | torch.device) -> None:
+def read_config(directory: str | Path) -> DualARConfig:
+    """The shape of a published model: config.json and the tokenizer's ids. Raises as `load` does."""
+    directory = Path(directory)
     if not directory.exists():
         got = f"{directory}, which does not exist"
         raise _error("directory must be a folder", got, "download the model", FileNotFoundError)
     if not directory.is_dir():
         raise _error("directory must be a folder", f"the file {directory}", "pass the folder that it is in")
-    if dtype is not None and dtype not in DTYPES:
-        raise _error(f"dtype must be {_DTYPES} or None", _name(dtype), "choose one of them", TypeError)
-    try:
-        torch.empty(0, device=device).cpu()
-    except Exception as error:  # torch raises AssertionError, RuntimeError and NotImplementedError here
-        got = f"{device}: {_first_line(error)}"
-        raise _error("device must be usable here", got, "choose another", RuntimeError) from error
-
-
-def _read_config(directory: Path) -> DualARConfig:
-    """config.json and the tokenizer's ids."""
     args = _json(directory, "config.json")
     kind = args.get("model_type")
     line = LINES.get(str(kind))
@@ -159,6 +150,17 @@ def _read_config(directory: Path) -> DualARConfig:
             if type(value) not in kinds.get(expected, (type(value),)):
                 raise _error(f"{field.name} in config.json must be {expected}", repr(value), "correct it")
     return config
+
+
+def check_request(dtype: torch.dtype | None, device: str | torch.device) -> None:
+    """Raise as `load` does for a dtype or a device that cannot be used."""
+    if dtype is not None and dtype not in DTYPES:
+        raise _error(f"dtype must be {_DTYPES} or None", _name(dtype), "choose one of them", TypeError)
+    try:
+        torch.empty(0, device=device).cpu()
+    except Exception as error:  # torch raises AssertionError, RuntimeError and NotImplementedError here
+        got = f"{device}: {_first_line(error)}"
+        raise _error("device must be usable here", got, "choose another", RuntimeError) from error
 
 
 def _s1_ids(directory: Path) -> Ids:
