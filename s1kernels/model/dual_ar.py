@@ -139,10 +139,10 @@ class DualAR:
         return torch.stack(codes, dim=1), main_logits, fast_logits
 
     def _fast_caches(self, rows: int, like: Tensor) -> list[Tensor]:
+        """Zeros, for plain torch calls multiply what they mask."""
         stack = self.config.fast
-        return [
-            like.new_empty(rows, stack.kv_heads, self.config.codebooks, stack.head_dim) for _ in range(stack.layers)
-        ]
+        shape = (rows, stack.kv_heads, self.config.codebooks, stack.head_dim)
+        return [like.new_zeros(shape) for _ in range(stack.layers)]
 
 
 def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None) -> Tensor:

@@ -55,7 +55,7 @@ def qk_norm_rotary_append(
 
 
 def attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor) -> Tensor:
-    """Attends over the whole cache and masks what lies past `length`, as a static shape has it."""
+    """Attends over the whole cache, as a static shape has it, and masks what lies past `length`: it must be finite."""
     (T, H, D), (_, G, S, _) = q.shape, k_cache.shape
     grouped = (q * D**-0.5).view(T, G, H // G, D).transpose(0, 1).reshape(G, T * (H // G), D)
     scores = (grouped @ k_cache[0].transpose(1, 2)).float().view(G, T, H // G, S)
