@@ -167,6 +167,13 @@ def test_nvrtc_compiles_for_every_architecture_without_spills(compiled, source):
     assert not spilled, "\n".join(spilled)
 
 
+def test_what_racecheck_is_given_compiles():
+    found = compile_source(
+        sources.source("persistent_frame").text, "persistent_frame", 90, "-DS1_DTYPES=2", "-DS1_RACECHECK=1"
+    )
+    assert "persistent_frame_bfloat16" in found
+
+
 def find_nvcc() -> str | None:
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     folders = [os.path.join(home, "bin") for home in homes if home]

@@ -411,6 +411,15 @@ def test_the_cache_gives_back_what_was_stored(folder):
     assert cache.key("a", "b") == cache.key("a", "b") != cache.key("ab", "")
 
 
+def test_more_options_for_nvrtc_make_other_code(folder, monkeypatch):
+    compiler, source = FakeNvrtc(), sources.source("swiglu")
+    for given in ("", "-lineinfo -DS1_RACECHECK=1", ""):
+        monkeypatch.setenv("S1KERNELS_NVRTC_OPTIONS", given)
+        providers.compile_cubin(source, 2, compiler, 90)
+    (_, plain), (_, more) = compiler.compiled  # the third was kept on disk
+    assert more == [*plain, "-lineinfo", "-DS1_RACECHECK=1"]
+
+
 @pytest.mark.parametrize("damage", [lambda entry: entry[:-1], lambda entry: entry[:10], lambda entry: entry + b"x"])
 def test_a_damaged_entry_is_deleted_and_made_anew(folder, damage, caplog):
     cache.store("k", b"data")

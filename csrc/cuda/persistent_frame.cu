@@ -109,7 +109,7 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSlots; ++i) {
       barrier_init(s.full + i, 1);
-      barrier_init(s.empty + i, kWorkers);
+      barrier_init(s.empty + i, kWorkers * kSayers);
     }
     barrier_init(&s.past_full, 1);
     barriers_visible();

@@ -11,7 +11,8 @@
 namespace s1 {
 
 constexpr uint32 kEmpty = 0xffffffffu;
-constexpr int kPatientPolls = 1 << 16;  // well below 1 s; Windows resets a GPU that does not answer for 2 s
+constexpr int kPatientPolls =
+    1 << (S1_RACECHECK ? 29 : 16);  // well below 1 s; Windows resets a GPU that does not answer for 2 s
 
 __device__ __forceinline__ void put_word(uint32* at, uint32 word) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(word) : "memory");

@@ -64,18 +64,24 @@ struct FrameProjections {
     return block;
   }
 
-  // Waits for units of the ring.
-  __device__ __forceinline__ void await(RingCursor<kSlots> at, int units) const {
-    if (lane() < units) {
-      at = at.ahead(lane());
-      barrier_wait(s.full + at.slot, at.parity);
+  // Calls f for units of the ring from `at` on, a lane for each, or every lane for all.
+  template <class F>
+  __device__ __forceinline__ void each_unit(RingCursor<kSlots> at, int units, F f) const {
+    if constexpr (kSayers == 1) {
+      if (lane() < units) f(at.ahead(lane()));
+    } else {
+      for (int u = 0; u < units; ++u) f(at.ahead(u));
     }
+  }
+  // Waits for units.
+  __device__ __forceinline__ void await(RingCursor<kSlots> at, int units) const {
+    each_unit(at, units, [&](const RingCursor<kSlots>& u) { barrier_wait(s.full + u.slot, u.parity); });
     __syncwarp();
   }
   // Gives them back: this warp has what it wants from them. They are free when all have said so.
   __device__ __forceinline__ void release(RingCursor<kSlots> at, int units) const {
     __syncwarp();
-    if (lane() < units) barrier_arrive(s.empty + at.ahead(lane()).slot);
+    each_unit(at, units, [&](const RingCursor<kSlots>& u) { barrier_arrive(s.empty + u.slot); });
   }
 
   // A lane's weights: of kCount tiles, 64 columns each, or of one tile and kCount times 64 columns.

@@ -10,9 +10,10 @@
 namespace s1 {
 
 constexpr int kBlocks = 128;
-constexpr int kWorkers = 16;          // warps that compute
-constexpr int kSlots = 12;            // units in the ring
-constexpr int kCopyLanes = 4;         // that copy units
+constexpr int kWorkers = 16;                    // warps that compute
+constexpr int kSlots = 12;                      // units in the ring
+constexpr int kSayers = S1_RACECHECK ? 32 : 1;  // lanes of a warp that wait for a unit, and that give it back
+constexpr int kCopyLanes = 4;                   // that copy units
 constexpr int kPollDelay = 600;       // cycles before the first poll of a phase: one that misses costs a round trip
 constexpr int kWidth = 1024;          // C of both stacks
 constexpr int kSplits = kBlocks / 8;  // parts of a slow head's positions

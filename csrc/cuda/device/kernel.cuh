@@ -2,10 +2,15 @@
 //
 // Device code includes nothing from outside csrc/cuda, so that nvcc and NVRTC compile the same file on every system.
 // S1_DTYPES is a mask of the dtypes to compile: 1 float32, 2 bfloat16, 4 float16; NVRTC asks for the one in use.
+// S1_RACECHECK is for compute-sanitizer: waits are patient, and no lane relies on a __syncwarp for what another saw.
 #pragma once
 
 #ifndef S1_DTYPES
 #define S1_DTYPES 7
+#endif
+
+#ifndef S1_RACECHECK
+#define S1_RACECHECK 0
 #endif
 
 #ifdef __CUDA_ARCH__

@@ -189,7 +189,7 @@ def unavailable() -> str | None:
 
 def compile_cubin(source: Source, mask: int, compiler: nvrtc.Nvrtc, arch: int) -> bytes:
     """A source's kernels of the dtypes in `mask`, from the disk cache or compiled."""
-    options = sources.options(arch, mask)
+    options = [*sources.options(arch, mask), *os.environ.get("S1KERNELS_NVRTC_OPTIONS", "").split()]
     key = disk.key(source.text, *options, dotted(compiler.version))
     if (cubin := disk.load(key)) is None:
         cubin = compiler.compile(source.text, f"{source.name}.cu", options).code
