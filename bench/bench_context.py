@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from s1kernels.bench import models, timing
+from s1kernels.bench import models
 from s1kernels.bench.systems import Frames, System, systems
+from s1kernels.cli import gpu
 
 FRAMES = {"cpu": 4, "cuda": 32}  # of a round
 EXPORTED = 1024  # positions of exported caches
@@ -42,7 +43,7 @@ def test_context(system: System, context: int, frames: Frames, device: torch.dev
 
     def run() -> None:
         decode()
-        timing.synchronize(device)
+        gpu.synchronize(device)
 
     benchmark.group = f"a frame after {context} positions"
     benchmark.pedantic(run, rounds=5, warmup_rounds=0)

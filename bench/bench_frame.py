@@ -36,7 +36,7 @@ from s1kernels import Engine, fish_speech
 from s1kernels.backends import triton
 from s1kernels.backends.cuda import providers
 from s1kernels.bench import provenance, read_bandwidth
-from s1kernels.cli import demo
+from s1kernels.cli import demo, gpu
 
 REPLAYS = 100
 PATIENCE = 120  # seconds for a process that speaks its first frame
@@ -257,13 +257,13 @@ class Bench:
         try:
             for seed in range(5):
                 torch.manual_seed(seed)
-                self.synchronize()
+                gpu.synchronize(self.device)
                 start = time.perf_counter()
                 tokens = self.inference.generate(
                     model=model, prompt=prompt, max_new_tokens=count, audio_masks=None, audio_parts=None, **SAMPLING,
                     **arguments,
                 )  # fmt: skip
-                self.synchronize()
+                gpu.synchronize(self.device)
                 seconds = time.perf_counter() - start
                 if tokens.shape[1] - prompt.shape[1] == count:
                     return seconds
@@ -373,14 +373,10 @@ class Bench:
                 }
         provenance.write(self.options.json, self.result)
 
-    def synchronize(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
-
     def free(self) -> None:
         gc.collect()
+        gpu.synchronize(self.device)
         if self.cuda:
-            torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
 
 

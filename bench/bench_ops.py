@@ -14,6 +14,7 @@ import torch
 
 from s1kernels.bench import timing
 from s1kernels.bench.ops import Contender, cases, contenders, gate, rotate
+from s1kernels.cli import gpu
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -35,7 +36,7 @@ def test_op(
 
     def run() -> None:
         rotated.run()
-        timing.synchronize(device)
+        gpu.synchronize(device)
 
     benchmark.group = f"{contender.op.name} {case} {str(dtype).removeprefix('torch.')}"
     benchmark.pedantic(run, rounds=15, warmup_rounds=2)

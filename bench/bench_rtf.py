@@ -15,6 +15,7 @@ import torch
 from s1kernels.bench import models, speech, timing
 from s1kernels.bench.runners import Model
 from s1kernels.bench.systems import Frames, System, systems
+from s1kernels.cli import gpu
 
 EXPORTED = "its exported step would read the prompt frame by frame"
 
@@ -43,7 +44,7 @@ def test_text(system: System, characters: int, frames: Frames, device: torch.dev
 
     def run() -> None:
         speak()
-        timing.synchronize(device)
+        gpu.synchronize(device)
 
     benchmark.group = f"{characters} characters"
     benchmark.pedantic(run, rounds=3, warmup_rounds=0)

@@ -22,6 +22,7 @@ import codec_models
 
 from s1kernels import Engine, IncompleteSpeech, Speech, Voice
 from s1kernels.bench import models, provenance, speech, timing
+from s1kernels.cli import gpu
 from s1kernels.model.config import DualARConfig
 from s1kernels.speech.codec import Codec
 from s1kernels.speech.tokenizer import Tokenizer
@@ -54,7 +55,7 @@ def speak(tts: Speech, voice: Voice, characters: int, seed: int) -> dict[str, fl
     """Seconds to the first sound, in all, and of sound, of a text that goes on as long as it takes to read aloud."""
     text = (TEXT * (characters // len(TEXT) + 1))[:characters]
     seconds = characters / speech.CHARACTERS_PER_SECOND
-    timing.synchronize(tts.device)
+    gpu.synchronize(tts.device)
     start, first, samples = time.perf_counter(), 0.0, 0
     try:
         for chunk in tts.stream(text, voice, seed=seed, max_seconds=seconds):

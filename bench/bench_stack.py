@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from s1kernels.bench import timing
 from s1kernels.bench.stack import MODES, SIZES, SYSTEMS, Size, Stack, describe
 from s1kernels.bench.timing import Refused
+from s1kernels.cli import gpu
 
 
 @lru_cache(maxsize=1)
@@ -37,7 +37,7 @@ def test_stack(
 
     def run() -> None:
         call()
-        timing.synchronize(device)
+        gpu.synchronize(device)
 
     benchmark.group = f"{size} {mode}"
     benchmark.pedantic(run, rounds=15, warmup_rounds=3)

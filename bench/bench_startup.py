@@ -14,7 +14,7 @@ import torch
 
 import s1kernels
 from s1kernels import fish_speech
-from s1kernels.cli import demo
+from s1kernels.cli import demo, gpu
 
 
 def main() -> None:
@@ -25,32 +25,27 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128, help="prompt length in frames (default: 128)")
     parser.add_argument("--cache", type=int, default=8192, help="the model's max_seq_len (default: 8192)")
     options = parser.parse_args()
-    options.checkpoint = None
+    options.checkpoint, device = None, torch.device(options.device)
     logging.getLogger("s1kernels").setLevel(logging.WARNING)
     inference = fish_speech.upstream_module()
     inference.tqdm = iter
     model, _ = demo.build(options, getattr(torch, options.dtype))
     prompt = demo._prompt(model, options.context)
-    synchronize(options.device)
+    gpu.synchronize(device)
 
     start = time.perf_counter()
     report = s1kernels.patch(model)
-    synchronize(options.device)
+    gpu.synchronize(device)
     patched = time.perf_counter()
     # Two frames are the fewest that upstream's generate() makes: one by its prefill, one by its decode loop.
     inference.generate(
         model=model, prompt=prompt, max_new_tokens=2, audio_masks=None, audio_parts=None, temperature=0.7, top_p=0.7,
         repetition_penalty=1.2,
     )  # fmt: skip
-    synchronize(options.device)
+    gpu.synchronize(device)
     spoken = time.perf_counter()
     facts = {"patch": patched - start, "patch_to_first_frame": spoken - start, "backends": dict(report.backends)}
     print(json.dumps(facts))
-
-
-def synchronize(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from s1kernels.bench.runners import Model, name, put, scalars
-from s1kernels.bench.timing import Refused, synchronize
+from s1kernels.bench.timing import Refused
+from s1kernels.cli.gpu import synchronize
 from s1kernels.export import EXTRA, Part, export, module
 from s1kernels.model import torch_ops
 from s1kernels.model.config import DualARConfig

@@ -15,7 +15,7 @@ import torch
 
 import s1kernels
 from s1kernels.build_info import build_info
-from s1kernels.cli.gpu import gpu_facts
+from s1kernels.cli.gpu import gpu_facts, nvidia_smi
 from s1kernels.cli.info import platform_facts
 
 CHOICES = ("S1KERNELS_BACKEND", "S1KERNELS_CUDA_PROVIDER")
@@ -58,8 +58,8 @@ def clocks(device: torch.device) -> dict[str, str]:
         return {}
     fields = ["clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit", "driver_model.current"]
     identity = str(torch.cuda.get_device_properties(device).uuid)
-    command = ["nvidia-smi", f"--id=GPU-{identity}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    values = [value.strip() for value in _first_line(command).split(",")]
+    said = nvidia_smi(",".join(fields), f"--id=GPU-{identity}")
+    values = [value.strip() for value in "".join(said[:1]).split(",")]
     if len(values) != len(fields):
         return {}
     return {name: value for name, value in zip(fields, values, strict=True) if not value.startswith("[N/A")}

@@ -11,6 +11,7 @@ from torch import Tensor
 from s1kernels import Engine, Sampling
 from s1kernels.bench.timing import Refused
 from s1kernels.cache import KVCache
+from s1kernels.engine import PREFILL_FRAMES
 from s1kernels.model import torch_ops
 from s1kernels.model.config import DualARConfig
 from s1kernels.model.dual_ar import DualAR
@@ -110,8 +111,8 @@ class TorchRunner:
 
     @torch.inference_mode()
     def prefill(self, prompt: Tensor) -> None:
-        for start in range(0, prompt.shape[1], 512):
-            self.model.prefill(prompt[:, start : start + 512].T.contiguous(), start, self.k, self.v)
+        for start in range(0, prompt.shape[1], PREFILL_FRAMES):
+            self.model.prefill(prompt[:, start : start + PREFILL_FRAMES].T.contiguous(), start, self.k, self.v)
 
     def decode(self, frame: Tensor, position: int, count: int, seed: int) -> int:
         torch.manual_seed(seed)

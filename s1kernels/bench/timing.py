@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from s1kernels.bench import provenance
+from s1kernels.cli.gpu import synchronize
+
 
 class Refused(RuntimeError):
     """Something cannot run here; the message says why. It gets no number."""
@@ -20,9 +23,8 @@ class Wrong(Refused):
 
 def why(error: BaseException) -> str:
     """One line for a row that has no number: a refusal's own words, or what else went wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else ""
-    return text if isinstance(error, Refused) else f"{type(error).__name__}: {text}"
+    said = provenance.reason(error)
+    return said.removeprefix(f"{type(error).__name__}: ") if isinstance(error, Refused) else said
 
 
 def rounds(
@@ -45,11 +47,6 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     call()
     synchronize(device)
     return time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def summary(values: list[float], per: int = 1) -> dict[str, Any]:

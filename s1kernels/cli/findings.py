@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -227,12 +226,8 @@ def _arch(index: int) -> tuple[int, int]:
 
 def _driver_models() -> dict[int, str]:
     """GPU -> WDDM, MCDM or TCC, as nvidia-smi says; empty on Linux."""
-    command = ["nvidia-smi", "--query-gpu=driver_model.current", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {index: kind.strip() for index, kind in enumerate(said.splitlines()) if "N/A" not in kind}
+    said = gpu.nvidia_smi("driver_model.current")
+    return {index: kind.strip() for index, kind in enumerate(said) if "N/A" not in kind}
 
 
 def _tdr() -> Finding:

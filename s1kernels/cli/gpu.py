@@ -58,12 +58,19 @@ def provider(device: torch.device) -> str:
 
 def driver_version() -> str:
     """The NVIDIA driver's own version, else the CUDA version that it is for."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        pass
+    if said := nvidia_smi("driver_version"):
+        return said[0]
     try:
         return "for CUDA {}.{}".format(*driver.driver().version)
     except BackendError as error:
         return str(error)
+
+
+def nvidia_smi(fields: str, *options: str) -> list[str]:
+    """What nvidia-smi says of these fields, a line a GPU; nothing if it fails."""
+    command = ["nvidia-smi", *options, f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return said.strip().splitlines()
