@@ -109,7 +109,7 @@ def gate(contender: Contender, case: str, dtype: torch.dtype, device: torch.devi
             raise Wrong(f"refused, for it is wrong: {outcome}")
         return outcome.error
     args, truth, _ = testing.expected(op.name, case, dtype, str(device), 0)
-    given = testing.clone(args)
+    given = testing.clone(args, offset=0)  # torch's own kernels fail off alignment
     out = op.empty(op.checked(*given))
     contender.call(*given, out)
     worst = 0.0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ class Speech:
         Joined they are what `say` returns. Arguments are checked at once, and `IncompleteSpeech` ends the last chunk.
         """
         chunks = self._speak(text, reference, seed, self._sampling(temperature, top_p, sampling), max_seconds)
-        return (samples for _, samples in chunks)
+        return _samples(chunks)
 
     def warm_up(self) -> None:
         """Do what the first text would wait for: compile, capture graphs, make room."""
@@ -185,7 +186,7 @@ class Speech:
         seed: int | None,
         sampling: Sampling,
         max_seconds: float | None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """Check everything, then speak chunk by chunk."""
         parts = self._parts(text, max_seconds)
         references = [] if reference is None else [reference] if isinstance(reference, Voice) else list(reference)
@@ -216,7 +217,7 @@ class Speech:
             raise ValueError(f"speech: text must have something to speak, got {text[:60]!r}; write letters or digits")
         return parts
 
-    def _alone(self, frames: Iterable[Tensor]) -> Iterator[Chunk]:
+    def _alone(self, frames: Iterable[Tensor]) -> Generator[Chunk, None, None]:
         """The sound of frames, while no other text is spoken."""
         if not self._speaking.acquire(blocking=False):
             raise RuntimeError("speech: one text must be spoken at a time, got a second; finish or close the first")
@@ -229,6 +230,13 @@ class Speech:
         codes = [torch.zeros(self.engine.config.codebooks, 0, dtype=torch.int32), *(codes for codes, _ in chunks)]
         samples = [np.zeros(0, np.float32), *(samples for _, samples in chunks)]
         return Audio(np.concatenate(samples), self.sample_rate, torch.cat(codes, dim=1))
+
+
+def _samples(chunks: Generator[Chunk, None, None]) -> Iterator[np.ndarray]:
+    """What is heard of chunks. Whoever closes it closes them: in Python 3.12 a generator expression would not."""
+    with closing(chunks):
+        for _, samples in chunks:
+            yield samples
 
 
 def load_codec(directory: Path, device: torch.device, dtype: torch.dtype | None) -> Codec:

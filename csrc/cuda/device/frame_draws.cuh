@@ -39,11 +39,11 @@ struct FrameDraws : FrameAttention<T> {
     const Vec16 x = this->normed_operand(f, half);
     RingCursor<kSlots> at{f.slot, f.parity};
     for (int step = 0; step * kRows < f.share; ++step, at.advance(kUnits)) {
-      const int units = min(kUnits, f.units - step * kUnits), to = step % 2 * kRows;
+      const int to = step % 2 * kRows;
       typename Base::template Held<2> held;
-      this->await(at, units);
+      this->await(at, kUnits);
       held.load(*this, at.slot, this->tile_row(), kTileRows * kRowBytes);
-      this->release(at, units);
+      this->release(at, kUnits);
       this->multiply_tiles(held, x, 1, half, to);
       sync_workers();
       const int row = step * kRows + lane();

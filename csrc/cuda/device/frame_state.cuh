@@ -42,7 +42,7 @@ struct Phase {
   int vectors;    // 1, or 2 in the fast stack's first pass
   int layer;      // of its stack
   int position;   // of the first vector in the fast stack; of kFastHead: the number of the code that is drawn
-  int units;      // of the ring, in every block
+  int units;      // of the ring, in every block; whole steps of kHead
   int slot;       // of the first
   uint32 parity;  // of its turn
   int unused;
@@ -96,8 +96,12 @@ struct PersistentFrameArgs {
 
 // Barriers among some of a block's warps. Not the aligned kind: a warp may arrive in pieces, after polls that took its
 // lanes different times.
-__device__ __forceinline__ void sync_workers() { asm volatile("barrier.sync 1, %0;" ::"n"(kWorkers * 32) : "memory"); }
+__device__ __forceinline__ void sync_workers() {
+  if (S1_RACECHECK) __syncwarp();
+  asm volatile("barrier.sync 1, %0;" ::"n"(kWorkers * 32) : "memory");
+}
 __device__ __forceinline__ void sync_samplers() {
+  if (S1_RACECHECK) __syncwarp();
   asm volatile("barrier.sync 2, %0;" ::"n"(kSamplerThreads) : "memory");
 }
 

@@ -24,7 +24,7 @@ from s1kernels.model.weights import LayerWeights, Weights
 BLOCKS, WIDTH, SPLITS, PASSES = 128, 1024, 16, 96
 SHARED_BYTES = 231_424  # sizeof(Shared<T>), rounded up
 MOST_LOGITS = 1280  # of a block
-SLOTS, UNIT_ROWS = 12, 4  # of the weight ring
+SLOTS, UNIT_ROWS, HEAD_UNITS = 12, 4, 4  # of the weight ring; units of a step of the head
 
 FRAME = Kernel(
     "persistent_frame", "persistent_frame", block=544,
@@ -68,7 +68,8 @@ class Phase:
     def units(self) -> int:
         """Of the weight ring, for each block."""
         matrices = (self.weight != 0) + (self.second != 0)
-        return -(-self.share * self.slices * matrices // UNIT_ROWS)
+        units = -(-self.share * self.slices * matrices // UNIT_ROWS)
+        return -(-units // HEAD_UNITS) * HEAD_UNITS if self.kind == Kind.HEAD else units
 
     def packed(self, first_unit: int) -> bytes:
         """The struct's bytes, when that many units come before."""
