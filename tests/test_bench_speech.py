@@ -1,39 +1,37 @@
 """The benches of whole pipelines run on a CPU, on a small model and codec, and their checks can fail."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
+import bench_speech
+import bench_speech_memory
 import pytest
+import speech_pipelines
 import torch
 from tiny_model import TINY
 
 from s1kernels.cli import demo
 from s1kernels.testing import rel_error
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
-
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
-    """A bench as a command, by name and arguments -> what its main returns, its JSON."""
+    """A bench as a command, with arguments -> what its main returns, its JSON."""
     monkeypatch.setattr(demo, "SMALL", demo.SMALL | TINY)
-    monkeypatch.syspath_prepend(str(BENCH))
     monkeypatch.setenv("COLUMNS", "200")
 
-    def run(name, *arguments):
+    def run(module, *arguments):
         path = tmp_path / "out" / "result.json"
-        command = [f"{name}.py", "--device", "cpu", "--dtype", "float32", "--small", "--json", str(path), *arguments]
-        monkeypatch.setattr(sys, "argv", command)
-        status = importlib.import_module(name).main()
+        command = [f"{module.__name__}.py", "--device", "cpu", "--dtype", "float32", "--small", "--json", str(path)]
+        monkeypatch.setattr(sys, "argv", [*command, *arguments])
+        status = module.main()
         return status, json.loads(path.read_text(encoding="utf-8"))
 
     return run
 
 
 def test_pipelines_side_by_side(bench, capsys):
-    _, result = bench("bench_speech", "--characters", "12", "30", "--rounds", "2", "--skip-compiled")
+    _, result = bench(bench_speech, "--characters", "12", "30", "--rounds", "2", "--skip-compiled")
     rows = {(row["name"], row.get("characters")): row for row in result["rows"]}
     assert set(rows) == {
         *((name, count) for name in ("s1kernels", "upstream eager") for count in (12, 30)), ("upstream compiled", None),
@@ -55,18 +53,18 @@ def test_pipelines_side_by_side(bench, capsys):
 
 
 def test_speech_that_is_cut_short_has_no_number(bench, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    pipelines = importlib.import_module("speech_pipelines")
-    speak = pipelines.Ours.speak
-    monkeypatch.setattr(pipelines.Ours, "speak", lambda self, characters, seed: speak(self, characters - 1, seed))
-    _, result = bench("bench_speech", "--characters", "12", "--rounds", "1", "--skip-compiled")
+    speak = speech_pipelines.Ours.speak
+    monkeypatch.setattr(
+        speech_pipelines.Ours, "speak", lambda self, characters, seed: speak(self, characters - 1, seed)
+    )
+    _, result = bench(bench_speech, "--characters", "12", "--rounds", "1", "--skip-compiled")
     assert "it must say 17 frames, got" in result["rows"][0]["refused"]
 
 
-def test_both_pipelines_have_the_same_weights(bench, monkeypatch):
-    pipelines = importlib.import_module("speech_pipelines")
-    given = pipelines.Given(True, torch.device("cpu"), torch.float32)
-    ours, theirs = pipelines.Ours(given, False), pipelines.Upstream(given, False)
+def test_both_pipelines_have_the_same_weights(monkeypatch):
+    monkeypatch.setattr(demo, "SMALL", demo.SMALL | TINY)
+    given = speech_pipelines.Given(True, torch.device("cpu"), torch.float32)
+    ours, theirs = speech_pipelines.Ours(given, False), speech_pipelines.Upstream(given, False)
     codes = torch.arange(50).view(10, 5)
     assert rel_error(ours.sound(codes), theirs.sound(codes)) < 1e-5
     prompt = torch.cat([ours.tts.prompt.opening([given.voice]), ours.tts.prompt.turn("Hello.")], dim=1)
@@ -80,17 +78,16 @@ def test_both_pipelines_have_the_same_weights(bench, monkeypatch):
 
 
 def test_memory_minute_by_minute(bench, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(BENCH))
-    memory = importlib.import_module("bench_speech_memory")
-    monkeypatch.setattr(memory, "MINUTE", 4.0)
-    monkeypatch.setattr(memory, "PART", 1.5)
-    status, result = bench("bench_speech_memory", "--minutes", "3")
+    monkeypatch.setattr(bench_speech_memory, "MINUTE", 4.0)
+    monkeypatch.setattr(bench_speech_memory, "PART", 1.5)
+    status, result = bench(bench_speech_memory, "--minutes", "3")
     assert [minute["minute"] for minute in result["minutes"]] == [1, 2, 3] and status == 1 - result["flat"]
     assert all(minute["host"] > 1e6 for minute in result["minutes"]) and result["sound_bytes"] == 8 * 44100 * 4
 
     for growth, flat in ((0.4, True), (0.6, False)):
-        looks = iter(int(growth * result["sound_bytes"] * look / 2) for look in range(3))
-        monkeypatch.setattr(memory, "in_use", lambda device, looks=looks: dict.fromkeys(memory.USES, next(looks)))
-        status, again = bench("bench_speech_memory", "--minutes", "3")
+        sizes = [int(growth * result["sound_bytes"] * look / 2) for look in range(3)]
+        looks = iter([dict.fromkeys(bench_speech_memory.USES, size) for size in sizes])
+        monkeypatch.setattr(bench_speech_memory, "in_use", lambda _, looks=looks: next(looks))
+        status, again = bench(bench_speech_memory, "--minutes", "3")
         assert (status, again["flat"]) == (int(not flat), flat)
     assert "MEMORY GROWS" in capsys.readouterr().out
