@@ -37,10 +37,10 @@ def upstream():
     return modded_dac, rvq
 
 
-def build(seed=0, settings=SETTINGS):
+def build(seed=0, settings=SETTINGS, codes=CODES):
     """A DAC of S1-mini's structure, of 2048 samples a frame, a few channels wide."""
     sizes = dict(n_layer=2, n_head=2, dim=64, intermediate_size=96)
-    return lively(dac(settings, CODES, (1024, 512), 2, 4, 32, sizes), seed)
+    return lively(dac(settings, codes, (1024, 512), 2, 4, 32, sizes), seed)
 
 
 def build_full(seed=0):

@@ -1,7 +1,7 @@
 """Time upstream's own generate(), unpatched against patched, on one model in one run, and check that they agree.
 
 Needs no download: the model has the shape of S1-mini and seeded random weights, so what it says is noise. With
---checkpoint it is a real one.
+--checkpoint it is a real one. --wav writes what it says, through a codec.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import logging
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +24,10 @@ from rich.table import Table
 
 import s1kernels
 from s1kernels import fish_speech
-from s1kernels.cli import gpu
+from s1kernels.cli import demo_wav, gpu
 from s1kernels.cli.info import platform_facts
+from s1kernels.speech.audio import Writer
+from s1kernels.speech.codec import seeded
 from s1kernels.testing import rel_error
 
 FRAMES_PER_SECOND = 44100 / 2048  # the codec's hop
@@ -57,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=512,
         help="positions of upstream's cache, all of which it attends over (default: 512)",
     )
+    parser.add_argument(
+        "--wav", type=Path, help="write some seconds of sound there, too (.wav, .flac, .ogg); random weights make noise"
+    )
     parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
 
 
@@ -69,10 +75,23 @@ def execute(options: argparse.Namespace) -> int:
             f"demo: --context >= 1, --frames >= 2 and their sum + 1 must be at most --cache={options.cache}, "
             f"got {options.context} and {options.frames}; raise --cache"
         )
+    if options.wav and options.cache < demo_wav.POSITIONS:
+        expected = f"--cache must be at least {demo_wav.POSITIONS} for --wav"
+        raise ValueError(f"demo: {expected}, got {options.cache}; raise it")
     logging.getLogger("s1kernels").setLevel(logging.WARNING)  # it patches several times
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True) as progress:
-        result = measure(options, progress)
+    dtype, console = getattr(torch, options.dtype), Console(stderr=True)
+    with Writer(options.wav) if options.wav else nullcontext() as file:
+        given = demo_wav.published(options.checkpoint, device, dtype) if file and options.checkpoint else None
+        inference = fish_speech.upstream_module()
+        with Progress(console=console, transient=True) as progress:
+            building = progress.add_task("building the model", total=None)
+            model, what = build(options, dtype)
+            progress.update(building, total=1, completed=1)
+            result = {"model": what} | measure(inference, model, options, progress)
+        if file:
+            sizes = seeded.Sizes() if model.config.n_layer == S1_MINI["n_layer"] else seeded.SMALL
+            parts = given or (demo_wav.of_bytes(), seeded.seeded(sizes, device, dtype))
+            result["wav"] = demo_wav.speak(model, *parts, given is None, file)
     if options.json:
         print(json.dumps(result, indent=2))
     else:
@@ -80,13 +99,8 @@ def execute(options: argparse.Namespace) -> int:
     return 0 if result["agrees"] else 1
 
 
-def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
-    """Build, time in turn, compare; returns plain values."""
-    inference = fish_speech.upstream_module()
-    dtype = getattr(torch, options.dtype)
-    building = progress.add_task("building the model", total=None)
-    model, what = build(options, dtype)
-    progress.update(building, total=1, completed=1)
+def measure(inference: Any, model: Any, options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """Time in turn, compare; returns plain values. `inference` is upstream's module."""
     prompt = _prompt(model, options.context)
     timing = progress.add_task("timing", total=2 * ROUNDS)
     seconds: dict[str, list[float]] = {"unpatched": [], "patched": []}
@@ -106,7 +120,6 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     errors = {name: rel_error(value.flatten(), truth) for name, value in logits.items()}
     ratios = [a / b for a, b in zip(seconds["unpatched"], seconds["patched"], strict=True)]
     return {
-        "model": what,
         "dtype": options.dtype,
         "context": options.context,
         "cache": options.cache,
@@ -254,3 +267,6 @@ def _show(result: dict[str, Any], console: Console) -> None:
         console.print(f"CUDA kernels by provider: {result['gpu']['provider']}; driver {result['gpu']['driver']}")
     verdict = "agree" if result["agrees"] else "DO NOT AGREE"
     console.print(f"patched and unpatched {verdict}: error against the reference in float32, above")
+    if wav := result.get("wav"):
+        line = f"{wav['file']}: {wav['sound_seconds']:.1f} s of sound in {wav['seconds']:.2f} s, the first after "
+        console.print(line + f"{1e3 * wav['first_sound_seconds']:.0f} ms; {wav['said']}", markup=False, soft_wrap=True)
