@@ -11,9 +11,8 @@ import json
 import logging
 import statistics
 
-import torch
-
 from s1kernels.backends.cuda import providers
+from s1kernels.bench import provenance
 from s1kernels.cli import gpu, selfcheck
 
 
@@ -33,7 +32,7 @@ def main() -> None:
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     fastest = min(medians.values())
     facts = {
-        "gpu": torch.cuda.get_device_name(device),
+        "provenance": provenance.collect(device),
         "model": model,
         "seconds_per_frame": medians,
         "ratio_to_fastest": {name: median / fastest for name, median in medians.items()},

@@ -1,7 +1,7 @@
 """Writes README's numbers from bench/results: `python bench/readme_numbers.py`; with --check, fails if they differ.
 
 What stands between `<!-- KIND: FILE ... -->` and `<!-- end -->` is made of those files: frames (bench_frame.py), demos
-(`s1kernels demo --json`), ops (bench_ops.py), systems (`s1kernels bench`).
+(`s1kernels demo --json`), ops (bench_ops.py), systems (`s1kernels bench`), speech (bench_speech.py).
 """
 
 from __future__ import annotations
@@ -142,11 +142,25 @@ def systems(result: dict[str, Any]) -> str:
     return table(["", f"ms/frame after {context} positions", "times real time", ""], lines)
 
 
+def speech(result: dict[str, Any]) -> str:
+    """Text to sound, by texts' lengths: upstream's pipeline and ours."""
+    names = {"s1kernels": "**s1kernels**", "s1kernels, persistent=False": "s1kernels, `persistent=False`"}
+    lines, rows = [], [row for row in result["rows"] if "seconds" in row.get("all", {})]
+    for row in sorted(rows, key=lambda row: row["characters"]):
+        title = names.get(row["name"], row["name"].replace("upstream compiled", "upstream, `torch.compile`"))
+        lines.append([
+            f"{row['characters']} characters, {row['sound']:.1f} s", title, number(row["first"]["seconds"] * 1e3),
+            number(row["all"]["seconds"] * 1e3), number(row["times_real_time"]),
+            f"{result['memory'][row['name']]['peak'] / 1e9:.2f}",
+        ])  # fmt: skip
+    return table(["", "", "first sound, ms", "all of it, ms", "times real time", "GB at most"], lines)
+
+
 def wrapped(text: str) -> str:
     return textwrap.fill(text, 128, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
-KINDS: dict[str, Callable[..., str]] = {"frames": frames, "demos": demos, "ops": ops, "systems": systems}
+KINDS: dict[str, Callable[..., str]] = {"frames": frames, "demos": demos, "ops": ops, "systems": systems, "speech": speech}
 
 
 def fill(text: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_model import TINY
 
-from s1kernels.bench import compare, models, provenance, report, run, speech, stack, systems, timing
+from s1kernels.bench import compare, models, onnx, provenance, report, run, speech, stack, systems, timing
 from s1kernels.bench import ops as bench_ops
 from s1kernels.bench.runners import SAMPLING, EngineRunner, Model, TorchRunner
 from s1kernels.cli import demo, main
@@ -217,3 +217,15 @@ def test_without_onnx_its_rows_name_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else found(name))
     reasons = [system.refusal(CPU) for system in systems.systems(CPU) if "ONNX" in system.name]
     assert len(reasons) == 3 and all('pip install "s1kernels[onnx]"' in reason for reason in reasons)
+
+
+def test_a_provider_that_is_listed_but_does_not_load_is_passed_over(monkeypatch):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    listed = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    if set(listed[:2]) & set(runtime.get_available_providers()):
+        pytest.skip("this ONNX Runtime has it")
+    monkeypatch.setattr(runtime, "get_available_providers", lambda: listed)
+    refused = onnx.refusal("TensorrtExecutionProvider", torch.device("cuda"))
+    assert refused == "TensorrtExecutionProvider does not load: ONNX Runtime fell back to CPUExecutionProvider"
+    assert onnx.best(CPU) == "CPUExecutionProvider"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from s1kernels.bench.runners import Model, name, put, scalars
 from s1kernels.bench.timing import Refused
 from s1kernels.cli.gpu import synchronize
-from s1kernels.export import EXTRA, Part, export, module
+from s1kernels.export import EXTRA, OPSET, Part, export, module
 from s1kernels.model import torch_ops
 from s1kernels.model.config import DualARConfig
 from s1kernels.model.weights import Weights
@@ -27,6 +28,7 @@ PROVIDERS = {
 
 ELEMENT = {torch.float32: 1, torch.int32: 6, torch.float16: 10}
 """dtype -> ONNX's TensorProto.DataType"""
+IR_VERSION = 8  # of OPSET; a later one may be too new for an ONNX Runtime
 
 
 def refusal(provider: str, device: torch.device) -> str | None:
@@ -40,7 +42,33 @@ def refusal(provider: str, device: torch.device) -> str | None:
 
     if provider not in onnxruntime.get_available_providers():
         return f"this onnxruntime {onnxruntime.__version__} has no {provider}; pip install onnxruntime-gpu"
-    return None
+    served = _served_by(provider, device)
+    return None if served == provider else f"{provider} does not load: ONNX Runtime fell back to {served}"
+
+
+@cache
+def _served_by(provider: str, device: torch.device) -> str:
+    """What ONNX Runtime takes where a provider is asked for: one that it lists may miss its libraries."""
+    import onnx
+    import onnxruntime
+
+    x, y = (onnx.helper.make_tensor_value_info(title, 1, [1]) for title in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "one", [x], [y])
+    opsets = [onnx.helper.make_opsetid("", OPSET)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), _settings(), providers=_providers(provider, device)
+    )
+    return str(session.get_providers()[0])
+
+
+def _settings() -> Any:
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    settings.intra_op_num_threads = torch.get_num_threads()
+    return settings
 
 
 def dtype_for(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -51,9 +79,6 @@ def dtype_for(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 class Step:
     """An exported part of a model with its buffers, which torch and ONNX Runtime share: `inputs` and `outputs` by name.
     A cache comes out where it goes in.
-
-    Raises:
-        Refused: the provider does not load here.
     """
 
     def __init__(
@@ -63,13 +88,8 @@ class Step:
 
         self.device = weights.norm.device
         path = export(config, weights, part, directory / f"{part}.onnx", **options)
-        settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = 3
-        settings.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(path, settings, providers=_providers(provider, self.device))
+        self.session = onnxruntime.InferenceSession(path, _settings(), providers=_providers(provider, self.device))
         self.providers = self.session.get_providers()
-        if self.providers[0] != provider:
-            raise Refused(f"{provider} does not load: ONNX Runtime fell back to {self.providers[0]}")
         self.inputs = module(config, weights, part, **options)[1]
         self.outputs: dict[str, Tensor] = {}
         types = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
