@@ -160,7 +160,7 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, 128, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
-KINDS: dict[str, Callable[..., str]] = {"frames": frames, "demos": demos, "ops": ops, "systems": systems, "speech": speech}
+KINDS: dict[str, Callable[..., str]] = {f.__name__: f for f in (frames, demos, ops, systems, speech)}
 
 
 def fill(text: str) -> str:
