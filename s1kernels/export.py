@@ -7,7 +7,6 @@ Needs the package `onnx`: pip install "s1kernels[onnx]".
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -15,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from s1kernels import extras
 from s1kernels.model import torch_ops
 from s1kernels.model.config import DualARConfig, StackConfig
 from s1kernels.model.dual_ar import DualAR
@@ -23,7 +23,6 @@ from s1kernels.model.weights import Weights
 Part = Literal["block", "slow", "fast"]
 
 OPSET = 18
-EXTRA = 'pip install "s1kernels[onnx]"'
 
 
 class _Part(nn.Module):
@@ -125,11 +124,10 @@ def export(
         Outputs are y, or logits and hidden, or logits; then k_0_out, v_0_out ... A position past its caches is not
         noticed.
     Raises:
-        ImportError: the package onnx is missing. ValueError: another part, or a size that the model does not have.
+        ModuleNotFoundError: onnx is not installed. ValueError: another part, or a size that the model does not have.
         TypeError: the weights are bfloat16 or float64, of which ONNX Runtime lacks most kernels.
     """
-    if importlib.util.find_spec("onnx") is None:
-        raise ImportError(f"export: ONNX files need the package onnx; {EXTRA}")
+    extras.require("onnx", "onnx")
     if weights.norm.dtype not in (torch.float32, torch.float16):
         raise TypeError(
             f"export: weights must be float32 or float16, got {str(weights.norm.dtype).removeprefix('torch.')}; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s1kernels import extras
 from s1kernels.bench.runners import Model, name, put, scalars
 from s1kernels.bench.timing import Refused
 from s1kernels.cli.gpu import synchronize
-from s1kernels.export import EXTRA, OPSET, Part, export, module
+from s1kernels.export import OPSET, Part, export, module
 from s1kernels.model import torch_ops
 from s1kernels.model.config import DualARConfig
 from s1kernels.model.weights import Weights
@@ -33,9 +33,8 @@ IR_VERSION = 8  # of OPSET; a later one may be too new for an ONNX Runtime
 
 def refusal(provider: str, device: torch.device) -> str | None:
     """Why a provider cannot run on a device here, or None."""
-    missing = [title for title in ("onnx", "onnxruntime") if importlib.util.find_spec(title) is None]
-    if missing:
-        return f"the package {' and '.join(missing)} is missing; {EXTRA}"
+    if reason := extras.missing("onnx", "onnx", "onnxruntime"):
+        return reason
     if (provider == "CPUExecutionProvider") != (device.type == "cpu"):
         return f"it does not run on {device.type}"
     import onnxruntime

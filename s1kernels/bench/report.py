@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from s1kernels import extras
 from s1kernels.bench import plots, provenance
 from s1kernels.bench.speech import TOKENS_PER_FRAME
 
@@ -48,20 +48,16 @@ figure svg { display: block; width: 100%; height: auto; }
 """
 
 
-def require() -> None:
-    """Raise ImportError if the plots cannot be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError('bench: the report needs the package matplotlib; pip install "s1kernels[bench]"')
-
-
 def write(results: list[Result], directory: Path) -> Path:
     """Write report.html and the PNG plots; returns the page's path.
 
     Args:
         results: of `run.Bench`, one a machine.
         directory: made if it is missing.
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
     """
-    require()
+    extras.require("bench", "matplotlib")
     directory.mkdir(parents=True, exist_ok=True)
     for name, plot in plots.PLOTS.items():
         if (figure := plot(results, plots.WIDE)) is not None:

@@ -8,11 +8,20 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from s1kernels import extras
 from s1kernels.cli import bench, demo, doctor, info, run, say, verify
 
 COMMANDS = {
     "info": info, "doctor": doctor, "verify": verify, "demo": demo, "bench": bench, "run": run, "say": say,
 }  # fmt: skip
+
+NEEDS = {
+    "verify": ("cli", "rich"),
+    "demo": ("upstream", "psutil", "rich"),
+    "bench": ("bench", "matplotlib", "rich"),
+    "say": ("speech", "regex", "rich", "sentencex"),
+}
+"""Command -> the extra that has what it always needs, and the packages."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
+        if needs := NEEDS.get(options.command):
+            extras.require(*needs)
         return COMMANDS[options.command].execute(options)
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         print(f"s1kernels {options.command}: {error}", file=sys.stderr)

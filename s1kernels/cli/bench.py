@@ -13,17 +13,17 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from s1kernels import registry
 from s1kernels.bench import compare, provenance, report, run
 from s1kernels.cli import gpu
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 SHOWN = 12  # rows of the live table
 
@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    report.require()
+    from rich.console import Console
+
     console = Console(stderr=True)
     old = _read(options.compare) if options.compare else None
     if options.merge:
@@ -58,6 +59,10 @@ def execute(options: argparse.Namespace) -> int:
 
 def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Run every task under a progress bar and a table of the latest rows."""
+    from rich.console import Group
+    from rich.live import Live
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     unknown = sorted(set(options.ops or []) - set(registry.OPS))
     if unknown:
         raise ValueError(f"bench: --ops must be among {sorted(registry.OPS)}, got {unknown}; see `s1kernels info`")
@@ -101,6 +106,8 @@ def _cells(part: str, row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _table(rows: list[tuple[str, ...]]) -> Table:
+    from rich.table import Table
+
     table = Table(box=None, padding=(0, 1, 0, 0))
     for column in ("part", "what", "time", "of reads", ""):
         table.add_column(column, justify="right" if column in ("time", "of reads") else "left", overflow="fold")
@@ -111,6 +118,8 @@ def _table(rows: list[tuple[str, ...]]) -> Table:
 
 def _compare(old: dict[str, Any], new: dict[str, Any], console: Console) -> int:
     """Print what changed; 1 if anything got slower or was lost."""
+    from rich.table import Table
+
     machines = [provenance.machine(result["provenance"]) for result in (old, new)]
     if machines[0] != machines[1]:
         console.print(f"the old result is of another machine ({machines[0]}, not {machines[1]})", markup=False)

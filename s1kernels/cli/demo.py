@@ -14,13 +14,9 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 import s1kernels
 from s1kernels import fish_speech
@@ -29,6 +25,10 @@ from s1kernels.cli.info import platform_facts
 from s1kernels.speech.audio import Writer
 from s1kernels.speech.codec import seeded
 from s1kernels.testing import rel_error
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 FRAMES_PER_SECOND = 44100 / 2048  # the codec's hop
 ROUNDS = 5  # unpatched and patched in turn; the median counts
@@ -67,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
     options.device = options.device or gpu.default_device()
     device = gpu.require(options.device)
     options.frames = FRAMES.get(device.type, FRAMES["cpu"]) if options.frames is None else options.frames
@@ -170,6 +173,8 @@ def build(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, str]:
 
 
 def _free_memory(device: torch.device) -> int:
+    import psutil
+
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
@@ -249,6 +254,8 @@ def _true_logits(engine: s1kernels.Engine, prompt: torch.Tensor) -> torch.Tensor
 
 
 def _show(result: dict[str, Any], console: Console) -> None:
+    from rich.table import Table
+
     where = result["gpu"].get("name") or f"{result['threads']} threads"
     console.print(f"{result['model']}, {result['dtype']}, {result['context']} positions of context, {where}")
     table = Table(box=None)

@@ -10,13 +10,8 @@ import dataclasses
 import json
 from collections.abc import Callable
 
-from rich.console import Console
-from rich.table import Column, Table
-
-from s1kernels.cli import findings
-from s1kernels.cli.findings import Finding, State
-
-STYLES: dict[State, str] = {"ok": "green", "note": "yellow", "problem": "bold red"}
+from s1kernels.cli import findings, layout
+from s1kernels.cli.findings import Finding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,15 +37,12 @@ def _examine(section: Callable[[], list[Finding]]) -> list[Finding]:
 
 
 def _show(sections: dict[str, list[Finding]], problems: int) -> None:
-    console = Console(highlight=False)
     for title, section in sections.items():
-        if not section:
-            continue
-        table = Table("", "", Column(overflow="fold"), title=title, title_justify="left", show_header=False, box=None)
-        for found in section:
-            text = f"{found.value}\n-> {found.advice}" if found.advice else found.value
-            style = STYLES[found.state]
-            table.add_row(f"  [{style}]{found.state}[/]", found.name, text.replace("[", r"\["))
-        console.print(table)
+        if section:
+            print(layout.table(title, [(f.state, f.name, _text(f)) for f in section]))
     verdict = f"{problems} problem{'s' * (problems != 1)}" if problems else "no problem found"
-    console.print(f"\n{verdict}; for help, paste all of this into an issue")
+    print(f"\n{verdict}; for help, paste all of this into an issue")
+
+
+def _text(found: Finding) -> str:
+    return f"{found.value}\n-> {found.advice}" if found.advice else found.value

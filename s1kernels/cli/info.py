@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Column, Table
 
 import s1kernels
 from s1kernels import registry
 from s1kernels.backends.cuda import cache, driver, nvrtc, providers, sources
 from s1kernels.backends.cuda.device import capability
 from s1kernels.build_info import build_info
+from s1kernels.cli import layout
 from s1kernels.registry import BackendError
 
 
@@ -32,21 +31,19 @@ def execute(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(facts, indent=2))
         return 0
-    console = Console()
     for title in ("platform", "torch", "build", "cuda"):
-        table = Table("", Column(overflow="fold"), title=title, title_justify="left", show_header=False, box=None)
-        for name, value in facts[title].items():
-            table.add_row(f"  {name}", ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
-        console.print(table)
-    table = Table(title="ops (first that can serves)", title_justify="left", box=None)
-    for column in ("  device", "op", *registry.BACKENDS):
-        table.add_column(column, overflow="fold")
+        print(layout.table(title, [(name, _text(value)) for name, value in facts[title].items()]))
+    rows = [("device", "op", *registry.BACKENDS)]
     for device, ops in facts["ops"].items():
         for op, backends in ops.items():
             cells = ("-" if b not in backends else backends[b] or "yes" for b in registry.BACKENDS)
-            table.add_row(f"  {device}", op, *cells)
-    console.print(table)
+            rows.append((device, op, *cells))
+    print(layout.table("ops (first that can serves)", rows))
     return 0
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def collect() -> dict[str, Any]:

@@ -12,16 +12,18 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from s1kernels.cli import gpu
 from s1kernels.speech import IncompleteSpeech, Speech, Voice
 from s1kernels.speech.audio import Writer
 from s1kernels.speech.text import clean, usual_seconds
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CHECKPOINT = Path("checkpoints/openaudio-s1-mini")  # where upstream looks, too
 
@@ -47,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
     _check(options)
     text = _text(options)
     if not clean(text):
@@ -91,6 +95,8 @@ def _text(options: argparse.Namespace) -> str:
 
 
 def _load(options: argparse.Namespace, device: torch.device, console: Console) -> Speech:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("loading", total=None)
@@ -110,6 +116,8 @@ def _speak(
     tts: Speech, text: str, voice: Voice | None, options: argparse.Namespace, file: Writer | None, console: Console
 ) -> int:
     """Speak under a progress bar, into the file and to the player; close with a line of what it took."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("speaking"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
     spoken, first, end, status = 0.0, 0.0, "", 0
     started = time.perf_counter()

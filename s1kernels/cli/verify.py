@@ -7,10 +7,6 @@ import json
 from collections import Counter
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-
 from s1kernels import registry, testing
 from s1kernels.cli import gpu
 
@@ -28,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import track
+
     name = options.device or _default_device(options.backend)
     device = gpu.require(name)
     backends = [options.backend] if options.backend else list(registry.ORDER[name])
@@ -76,6 +75,9 @@ def _default_device(backend: str | None) -> str:
 
 
 def _show(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     outcomes = result["outcomes"]
     table = Table(box=None)
     for column in ("op", "back end", "passed", "worst error / allowed"):

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from s1kernels import extras
 from s1kernels.model.config import LAYER_KEYS, MODEL_KEYS, DualARConfig, Line, from_upstream
 from s1kernels.model.weights import Weights, layer_shapes, model_shapes
 
@@ -93,7 +93,7 @@ def load(
         ValueError: a file is damaged or not a DualAR model's, files disagree, or a weight is missing, unknown,
             misshapen or not finite; the message names it.
         TypeError: weights are quantised or of several dtypes, or dtype is none of the four.
-        RuntimeError: the device cannot be used.
+        RuntimeError: the device cannot be used. ModuleNotFoundError: safetensors is needed and not installed.
 
     >>> checkpoint = load("checkpoints/openaudio-s1-mini", dtype=torch.bfloat16)    # doctest: +SKIP
     """
@@ -281,6 +281,9 @@ def _read_shards(index: Path) -> State:
 
 def _read_safetensors(path: Path, expected: set[str] | None = None) -> State:
     """The tensors of a file that are needed; `expected` is all that it holds, by the index."""
+    extras.require("speech", "safetensors")
+    from safetensors import safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             keys = file.keys()

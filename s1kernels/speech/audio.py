@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from s1kernels.speech.extra import require
+from s1kernels import extras
 
 SHORTEST, LONGEST = 1.0, 60.0
 """Seconds of a reference. Shorter ones hardly have a voice; longer ones take the context that speech needs."""
@@ -54,7 +54,7 @@ class Writer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path, self._soundfile = Path(path), require("soundfile")
+        self.path, self._soundfile = Path(path), extras.load("speech", "soundfile")
         if self.path.suffix.lower() not in FORMATS:
             raise ValueError(f"speech: {path} must end in one of {', '.join(FORMATS)}, got {self.path.suffix!r}")
         self._made = not self.path.exists()
@@ -87,7 +87,7 @@ def read(path: str | Path, sample_rate: int) -> np.ndarray:
             silent.
         ModuleNotFoundError: soundfile or soxr is not installed.
     """
-    path, soundfile, soxr = Path(path), require("soundfile"), require("soxr")
+    path, soundfile, soxr = Path(path), extras.load("speech", "soundfile"), extras.load("speech", "soxr")
     if not path.is_file():
         raise FileNotFoundError(f"reference: {path} must be an audio file, got none; give the path of a recording")
     try:

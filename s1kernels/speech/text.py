@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 
-from s1kernels.speech.extra import require
+from s1kernels import extras
 
 PART_SECONDS = 20
 """Usual seconds that are spoken in one part at most: some 280 letters or 80 Chinese characters."""
@@ -93,9 +93,10 @@ def _parts(text: str, limit: float, ways: tuple[Callable[[str], Iterable[str]], 
 
 
 def _sentences(text: str) -> list[str]:
-    return require("sentencex").segment("en", text)  # English knows abbreviations; full stops of every script count
+    sentencex = extras.load("speech", "sentencex")
+    return sentencex.segment("en", text)  # English knows abbreviations; full stops of every script count
 
 
 def _letters(text: str) -> list[str]:
     """Characters as readers see them, marks included; single ones of what has too many marks."""
-    return [part for seen in require("regex").findall(r"\X", text) for part in _parts(seen, 1, (list,))]
+    return [part for seen in extras.load("speech", "regex").findall(r"\X", text) for part in _parts(seen, 1, (list,))]

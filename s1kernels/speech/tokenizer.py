@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from s1kernels import extras
 from s1kernels.model.config import DualARConfig
-from s1kernels.speech.extra import require
 
 PATTERN = "|".join((
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\p{P}", r"[^\r\n\p{L}\p{N}]?\p{L}+", r"\p{N}", r" ?[^\s\p{L}\p{N}]+[\r\n]*",
@@ -81,7 +81,7 @@ def load(directory: str | Path, config: DualARConfig) -> Tokenizer:
 
 def _load_s1(directory: Path) -> tuple[Tokenizer, int]:
     """The tokenizer and its last text token."""
-    tiktoken = require("tiktoken")
+    tiktoken = extras.load("speech", "tiktoken")
     ranks = _ranks(directory / TIKTOKEN)
     named = UPSTREAM_SPECIALS
     if (directory / SPECIAL_TOKENS).is_file():
@@ -106,7 +106,7 @@ def _ranks(path: Path) -> dict[bytes, int]:
 
 
 def _load_omni(directory: Path) -> tuple[Tokenizer, int]:
-    tokenizers = require("tokenizers")
+    tokenizers = extras.load("speech", "tokenizers")
     found = _json(directory / JSON)
     try:
         specials = {token["content"]: int(token["id"]) for token in found.get("added_tokens") or []}

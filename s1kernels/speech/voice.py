@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from s1kernels import extras
 from s1kernels.speech.text import clean
 
 KIND = "s1kernels voice"
@@ -43,12 +42,22 @@ class Voice:
         object.__setattr__(self, "codes", codes.to("cpu", torch.int32).contiguous())
 
     def save(self, path: str | Path) -> None:
-        """Write it to a safetensors file. Raises OSError if that cannot be written."""
+        """Write it to a safetensors file.
+
+        Raises:
+            OSError: it cannot be written. ModuleNotFoundError: safetensors is not installed.
+        """
+        extras.require("speech", "safetensors")
+        from safetensors.torch import save
+
         Path(path).write_bytes(save({"codes": self.codes}, {"kind": KIND, "text": self.text}))
 
     @classmethod
     def load(cls, path: str | Path) -> Voice:
-        """Read what `save` wrote. Raises FileNotFoundError, or ValueError for other files."""
+        """Read what `save` wrote. Raises FileNotFoundError, ValueError for other files, or as `save` does."""
+        extras.require("speech", "safetensors")
+        from safetensors import SafetensorError, safe_open
+
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"voice: {path} must be a file, got none; save a voice there first")

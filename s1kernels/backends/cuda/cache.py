@@ -6,9 +6,11 @@ An entry begins with the SHA-256 of the rest, so that a damaged one is noticed, 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import logging
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,20 +18,33 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import platformdirs
-
 logger = logging.getLogger("s1kernels")
 
 T = TypeVar("T")
+
+CSIDL_LOCAL_APPDATA, CSIDL_FLAG_DONT_VERIFY, MAX_PATH = 0x1C, 0x4000, 260  # shlobj_core.h
 
 _DIGEST = hashlib.sha256().digest_size
 _warned: set[Path] = set()
 
 
 def directory() -> Path:
-    """%LOCALAPPDATA%\\s1kernels\\Cache on Windows, ~/.cache/s1kernels on Linux."""
-    chosen = os.environ.get("S1KERNELS_CACHE_DIR")
-    return Path(chosen) if chosen else platformdirs.user_cache_path("s1kernels", appauthor=False)
+    """%LOCALAPPDATA%\\s1kernels\\Cache on Windows, ~/.cache/s1kernels or that of $XDG_CACHE_HOME on Linux."""
+    if chosen := os.environ.get("S1KERNELS_CACHE_DIR"):
+        return Path(chosen)
+    if sys.platform == "win32":
+        return _local_app_data() / "s1kernels" / "Cache"
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (caches if caches.is_absolute() else Path("~/.cache").expanduser()) / "s1kernels"
+
+
+def _local_app_data() -> Path:
+    """Where Windows keeps a user's own files of programs, whatever the environment says."""
+    path = ctypes.create_unicode_buffer(MAX_PATH)
+    shell = ctypes.windll.shell32  # type: ignore[attr-defined,unused-ignore]
+    if shell.SHGetFolderPathW(None, CSIDL_LOCAL_APPDATA | CSIDL_FLAG_DONT_VERIFY, None, 0, path):
+        return Path.home() / "AppData" / "Local"
+    return Path(path.value)
 
 
 def key(*parts: str) -> str:
