@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,19 +150,19 @@ def test_the_cache_is_where_platformdirs_has_it(monkeypatch, caches):
 
 
 def test_the_cache_on_windows_is_where_the_shell_says(monkeypatch, tmp_path):
-    class Shell:
-        failed = 0
+    freed = []
 
-        def SHGetFolderPathW(self, owner, folder, token, flags, path):
-            path.value = str(tmp_path)
-            return self.failed
+    def known_folder(identity, flags, token, path):
+        assert uuid.UUID(bytes_le=identity) == uuid.UUID("{F1B32785-6FBA-4FCF-9D55-7B8E7F157091}")
+        path._obj.value = str(tmp_path)
 
     monkeypatch.delenv("S1KERNELS_CACHE_DIR", raising=False)
     monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(ctypes, "windll", type("Windll", (), {"shell32": Shell()}), raising=False)
+    shell32, ole32 = SimpleNamespace(SHGetKnownFolderPath=known_folder), SimpleNamespace(CoTaskMemFree=freed.append)
+    monkeypatch.setattr(ctypes, "oledll", SimpleNamespace(shell32=shell32), raising=False)
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(ole32=ole32), raising=False)
     assert cache.directory() == tmp_path / "s1kernels/Cache"
-    monkeypatch.setattr(Shell, "failed", -1)
-    assert cache.directory() == Path.home() / "AppData/Local/s1kernels/Cache"
+    assert [path.value for path in freed] == [str(tmp_path)]
 
 
 def test_text_is_wrapped_within_its_column(monkeypatch):

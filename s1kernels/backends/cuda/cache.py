@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,8 @@ logger = logging.getLogger("s1kernels")
 
 T = TypeVar("T")
 
-CSIDL_LOCAL_APPDATA, CSIDL_FLAG_DONT_VERIFY, MAX_PATH = 0x1C, 0x4000, 260  # shlobj_core.h
+LOCAL_APP_DATA = uuid.UUID("f1b32785-6fba-4fcf-9d55-7b8e7f157091")  # FOLDERID_LocalAppData, knownfolders.h
+DONT_VERIFY = 0x4000  # KF_FLAG_DONT_VERIFY, shlobj_core.h
 
 _DIGEST = hashlib.sha256().digest_size
 _warned: set[Path] = set()
@@ -39,12 +41,13 @@ def directory() -> Path:
 
 
 def _local_app_data() -> Path:
-    """Where Windows keeps a user's own files of programs, whatever the environment says."""
-    path = ctypes.create_unicode_buffer(MAX_PATH)
-    shell = ctypes.windll.shell32  # type: ignore[attr-defined,unused-ignore]
-    if shell.SHGetFolderPathW(None, CSIDL_LOCAL_APPDATA | CSIDL_FLAG_DONT_VERIFY, None, 0, path):
-        return Path.home() / "AppData" / "Local"
-    return Path(path.value)
+    """The user's %LOCALAPPDATA%, as Windows itself knows it. Raises OSError if it does not."""
+    path = ctypes.c_wchar_p()
+    dlls = ctypes.oledll  # type: ignore[attr-defined,unused-ignore]
+    dlls.shell32.SHGetKnownFolderPath(LOCAL_APP_DATA.bytes_le, DONT_VERIFY, None, ctypes.byref(path))
+    folder = Path(str(path.value))
+    ctypes.windll.ole32.CoTaskMemFree(path)  # type: ignore[attr-defined,unused-ignore]
+    return folder
 
 
 def key(*parts: str) -> str:
