@@ -11,6 +11,7 @@ number.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import logging
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from frame_table import COMPILED, EAGER, milliseconds, show, title
+from frame_table import CAPTURED, COMPILED, DEFAULT, EAGER, milliseconds, show, title
 from rich.console import Console
 from torch import Tensor
 from yardstick import FORCED, Yardstick, forced_logits, forget_caches, memory, patched
@@ -78,15 +79,40 @@ def parse() -> argparse.Namespace:
 
 @dataclass
 class Contender:
-    """One way to decode. `patch` holds the arguments of s1kernels.patch, or is None for upstream as it is."""
+    """One way to decode. `patch` holds the arguments of s1kernels.patch, or is None for upstream as it is. `step` makes
+    what upstream's generate() calls for a frame, where that is not its own function."""
 
     name: str
     frames: int
     patch: dict[str, Any] | None = None
-    compiled: bool = False
+    step: Callable[[], Callable[..., Any]] | None = None
     rows: str = "all"
     refused: str = ""
     """Why it is not measured at all."""
+
+
+class Captured:
+    """Upstream's step as it is, captured as a CUDA graph at its first call."""
+
+    def __init__(self, inference: Any) -> None:
+        self._step, self._graph = inference.decode_one_token_ar, torch.cuda.CUDAGraph()
+        self._given: dict[str, Any] = {}
+        self._out: Any = None
+
+    def __call__(self, **given: Any) -> Tensor:
+        if self._out is None:
+            self._given = {key: value.clone() if isinstance(value, Tensor) else value for key, value in given.items()}
+            side = torch.cuda.Stream()
+            with torch.cuda.stream(side):
+                self._step(**self._given)  # compiles and loads what it needs
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self._graph, stream=side):
+                self._out = self._step(**self._given)
+        for key, value in given.items():
+            if isinstance(value, Tensor):
+                self._given[key].copy_(value)
+        self._graph.replay()
+        return self._out
 
 
 class Bench:
@@ -98,7 +124,6 @@ class Bench:
         self.result: dict[str, Any] = {"provenance": provenance.collect(self.device)}
         self.result["options"] = {name: value for name, value in vars(options).items() if name != "json"}
         self.rows = self.result["rows"] = []
-        self.compiled_step: Any = None
 
     def run(self) -> None:
         self.result["read_bandwidth"] = read_bandwidth.measure(self.device)
@@ -107,13 +132,15 @@ class Bench:
         model = self.build(first)
         yardsticks = {context: self.yardstick(model, context) for context in self.options.context if context < first}
         contenders = self.contenders()
-        for contender in contenders[:-1]:
+        compiled = [contender for contender in contenders if contender.name in (COMPILED, DEFAULT)]
+        for contender in contenders[: -len(compiled)]:
             self.measure_all(model, contender, first, yardsticks)
         if self.cuda:
             self.attempt("memory", lambda: self.memory_cycle(model, yardsticks[self.options.context[0]].prompt))
         for cache in others:
             self.measure_all(self.build(cache), contenders[0], cache, yardsticks)
-        self.measure_all(model, contenders[-1], first, yardsticks)  # compiling takes longest, so it comes last
+        for contender in compiled:  # takes longest, so it comes last
+            self.measure_all(model, contender, first, yardsticks)
         self.startup(first)
         if self.cuda:
             self.count_all(model, contenders, yardsticks[self.options.context[0]].prompt)
@@ -136,8 +163,12 @@ class Bench:
         no_triton = no_graph or triton.available() or ""
         graphs.append(Contender("Triton, graph", o.frames, {"backend": "triton"}, refused=no_triton))
         skipped = "left out (--skip-compiled)" if o.skip_compiled else ""
-        compiled = Contender(COMPILED, o.frames, compiled=True, refused=skipped)
-        return [Contender(EAGER, o.slow_frames), per_op, *graphs, compiled]
+        captured = Contender(CAPTURED, o.frames, step=lambda: Captured(self.inference), refused=no_graph)
+        compiled = [
+            Contender(name, o.frames, step=functools.cache(functools.partial(self.compiled, mode)), refused=skipped)
+            for name, mode in ((DEFAULT, None), (COMPILED, "reduce-overhead"))
+        ]
+        return [Contender(EAGER, o.slow_frames), captured, per_op, *graphs, *compiled]
 
     def build(self, cache: int) -> Any:
         """The model, with an end token whose logit is 0: outside the nucleus of these random logits."""
@@ -183,7 +214,7 @@ class Bench:
                 except Exception as error:  # whatever a contender fails by belongs in its row
                     traceback.print_exc()
                     row["refused"] = provenance.reason(error)
-                    if contender.compiled:
+                    if contender.step is not None:
                         contender.refused = row["refused"]  # trying again costs minutes
             self.console.print(f"{title(row)}: {row.get('refused') or milliseconds(row) + ' ms/frame'}")
             self.save()
@@ -192,7 +223,7 @@ class Bench:
         """One row's numbers; raises if its logits are not as good as upstream's."""
         forget_caches(model)
         self.free()
-        step = self.compiled(model) if contender.compiled else None
+        step = contender.step() if contender.step else None
         few, many = self.options.settle, self.options.settle + contender.frames
         before = torch.cuda.memory_allocated(self.device) if self.cuda else 0
         if self.cuda:
@@ -237,8 +268,8 @@ class Bench:
 
     def gate(self, model: Any, engine: Any, contender: Contender, y: Yardstick) -> dict[str, Any]:
         """Teacher-forced main logits against the truth. Upstream eager is what the others are held to."""
-        if contender.compiled:
-            return {"logit_error": None}  # its logits do not leave the compiled step
+        if contender.step is not None:
+            return {"logit_error": None}  # its logits do not leave the step
         logits = forced_logits(model, engine, y.prompt)
         error = y.error(logits, contender.rows)
         if contender.patch is None:
@@ -271,16 +302,14 @@ class Bench:
             self.inference.tqdm = bar
         raise RuntimeError(f"the end token came before {count} frames, with five seeds")
 
-    def compiled(self, model: Any) -> Any:
-        """Upstream's step as its init_model compiles it."""
-        if self.compiled_step is None:
-            self.compiled_step = torch.compile(
-                self.inference.decode_one_token_ar,
-                backend="inductor" if self.cuda else "aot_eager",
-                mode="reduce-overhead" if self.cuda else None,
-                fullgraph=True,
-            )
-        return self.compiled_step
+    def compiled(self, mode: str | None) -> Any:
+        """Upstream's step as its init_model compiles it (mode "reduce-overhead"), or in torch's default mode."""
+        return torch.compile(
+            self.inference.decode_one_token_ar,
+            backend="inductor" if self.cuda else "aot_eager",
+            mode=mode if self.cuda else None,
+            fullgraph=True,
+        )
 
     def count_all(self, model: Any, contenders: list[Contender], prompt: Tensor) -> None:
         """Kernels of a frame at the first context. After all times are taken: the profiler may slow what follows it,
@@ -290,7 +319,7 @@ class Bench:
             if "refused" in row:
                 continue
             forget_caches(model)
-            step = self.compiled(model) if contender.compiled else None
+            step = contender.step() if contender.step else None
             try:
                 with patched(model, contender.patch):
                     self.speak(model, prompt, self.options.settle, step)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 EAGER, COMPILED = "upstream eager", "upstream compiled"
+CAPTURED, DEFAULT = "upstream captured", "upstream compiled by default"
 COLUMNS = (
     "context", "", "rows", "cache", "ms/frame", "GPU ms", "x real time", "kernels", "GB/s", "% of reads", "x eager",
     "x compiled", "extra MB", "error",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from frame_table import COMPILED, EAGER
+from frame_table import CAPTURED, COMPILED, DEFAULT, EAGER
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -28,6 +28,8 @@ NAMES = {
     ("s1kernels persistent", "all"): "**s1kernels**",
     ("s1kernels persistent", "semantic"): "s1kernels, `constrained=True`",
     ("Triton, graph", "all"): 's1kernels, `backend="triton"`',
+    (CAPTURED, "all"): "upstream, captured as a CUDA graph",
+    (DEFAULT, "all"): "upstream, `torch.compile` in its default mode",
     (COMPILED, "all"): "upstream, `torch.compile`",
 }
 """(row, rows of the head) of bench_frame.py -> how a reader asks for it."""

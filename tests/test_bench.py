@@ -55,7 +55,8 @@ def test_bench_frame_side_by_side(run_frame, monkeypatch, capsys):
     result = run_frame("--cache", "64", "32")
     rows = {(row["name"], row["rows"], row["cache"]): row for row in result["rows"]}
     assert set(rows) == {
-        ("upstream eager", "all", 64), ("upstream eager", "all", 32), ("upstream compiled", "all", 64),
+        ("upstream eager", "all", 64), ("upstream eager", "all", 32), ("upstream captured", "all", 64),
+        ("upstream compiled by default", "all", 64), ("upstream compiled", "all", 64),
         ("s1kernels", "all", 64), ("s1kernels graph", "all", 64), ("s1kernels persistent", "all", 64),
         ("s1kernels persistent", "semantic", 64), ("Triton, graph", "all", 64),
     }  # fmt: skip
