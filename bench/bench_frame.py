@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ import torch
 from frame_table import CAPTURED, COMPILED, DEFAULT, EAGER, milliseconds, show, title
 from rich.console import Console
 from torch import Tensor
+from upstream_step import AS_UPSTREAM, Captured, compiled
 from yardstick import FORCED, Yardstick, forced_logits, forget_caches, memory, patched
 
 from s1kernels import Engine, fish_speech
@@ -91,30 +91,6 @@ class Contender:
     """Why it is not measured at all."""
 
 
-class Captured:
-    """Upstream's step as it is, captured as a CUDA graph at its first call."""
-
-    def __init__(self, inference: Any) -> None:
-        self._step, self._graph = inference.decode_one_token_ar, torch.cuda.CUDAGraph()
-        self._given: dict[str, Any] = {}
-        self._out: Any = None
-
-    def __call__(self, **given: Any) -> Tensor:
-        if self._out is None:
-            self._given = {key: value.clone() if isinstance(value, Tensor) else value for key, value in given.items()}
-            side = torch.cuda.Stream()
-            with torch.cuda.stream(side):
-                self._step(**self._given)  # compiles and loads what it needs
-            torch.cuda.synchronize()
-            with torch.cuda.graph(self._graph, stream=side):
-                self._out = self._step(**self._given)
-        for key, value in given.items():
-            if isinstance(value, Tensor):
-                self._given[key].copy_(value)
-        self._graph.replay()
-        return self._out
-
-
 class Bench:
     def __init__(self, options: argparse.Namespace, console: Console) -> None:
         self.options, self.console = options, console
@@ -127,19 +103,19 @@ class Bench:
 
     def run(self) -> None:
         self.result["read_bandwidth"] = read_bandwidth.measure(self.device)
-        self.free()
+        gpu.free(self.device)
         first, *others = self.options.cache
         model = self.build(first)
         yardsticks = {context: self.yardstick(model, context) for context in self.options.context if context < first}
         contenders = self.contenders()
-        compiled = [contender for contender in contenders if contender.name in (COMPILED, DEFAULT)]
-        for contender in contenders[: -len(compiled)]:
+        by_torch = [contender for contender in contenders if contender.name in (COMPILED, DEFAULT)]
+        for contender in contenders[: -len(by_torch)]:
             self.measure_all(model, contender, first, yardsticks)
         if self.cuda:
             self.attempt("memory", lambda: self.memory_cycle(model, yardsticks[self.options.context[0]].prompt))
         for cache in others:
             self.measure_all(self.build(cache), contenders[0], cache, yardsticks)
-        for contender in compiled:  # takes longest, so it comes last
+        for contender in by_torch:  # compiling takes longest, so it comes last
             self.measure_all(model, contender, first, yardsticks)
         self.startup(first)
         if self.cuda:
@@ -164,11 +140,10 @@ class Bench:
         graphs.append(Contender("Triton, graph", o.frames, {"backend": "triton"}, refused=no_triton))
         skipped = "left out (--skip-compiled)" if o.skip_compiled else ""
         captured = Contender(CAPTURED, o.frames, step=lambda: Captured(self.inference), refused=no_graph)
-        compiled = [
-            Contender(name, o.frames, step=functools.cache(functools.partial(self.compiled, mode)), refused=skipped)
-            for name, mode in ((DEFAULT, None), (COMPILED, "reduce-overhead"))
-        ]
-        return [Contender(EAGER, o.slow_frames), captured, per_op, *graphs, *compiled]
+        modes = {DEFAULT: None, COMPILED: AS_UPSTREAM}
+        steps = {name: functools.partial(compiled, self.inference, self.device, mode) for name, mode in modes.items()}
+        by_torch = [Contender(name, o.frames, step=functools.cache(s), refused=skipped) for name, s in steps.items()]
+        return [Contender(EAGER, o.slow_frames), captured, per_op, *graphs, *by_torch]
 
     def build(self, cache: int) -> Any:
         """The model, with an end token whose logit is 0: outside the nucleus of these random logits."""
@@ -215,14 +190,14 @@ class Bench:
                     traceback.print_exc()
                     row["refused"] = provenance.reason(error)
                     if contender.step is not None:
-                        contender.refused = row["refused"]  # trying again costs minutes
+                        contender.refused = row["refused"]  # it would fail again, and compiling takes minutes
             self.console.print(f"{title(row)}: {row.get('refused') or milliseconds(row) + ' ms/frame'}")
             self.save()
 
     def measure(self, model: Any, contender: Contender, yardstick: Yardstick, context: int) -> dict[str, Any]:
         """One row's numbers; raises if its logits are not as good as upstream's."""
         forget_caches(model)
-        self.free()
+        gpu.free(self.device)
         step = contender.step() if contender.step else None
         few, many = self.options.settle, self.options.settle + contender.frames
         before = torch.cuda.memory_allocated(self.device) if self.cuda else 0
@@ -302,15 +277,6 @@ class Bench:
             self.inference.tqdm = bar
         raise RuntimeError(f"the end token came before {count} frames, with five seeds")
 
-    def compiled(self, mode: str | None) -> Any:
-        """Upstream's step as its init_model compiles it (mode "reduce-overhead"), or in torch's default mode."""
-        return torch.compile(
-            self.inference.decode_one_token_ar,
-            backend="inductor" if self.cuda else "aot_eager",
-            mode=mode if self.cuda else None,
-            fullgraph=True,
-        )
-
     def count_all(self, model: Any, contenders: list[Contender], prompt: Tensor) -> None:
         """Kernels of a frame at the first context. After all times are taken: the profiler may slow what follows it,
         and patching may make the compiled step compile again."""
@@ -354,7 +320,7 @@ class Bench:
         return facts
 
     def in_use(self) -> dict[str, int]:
-        self.free()
+        gpu.free(self.device)
         free, total = torch.cuda.mem_get_info(self.device)
         return {"allocated": torch.cuda.memory_allocated(self.device), "device": total - free}
 
@@ -401,12 +367,6 @@ class Bench:
                     if "seconds_per_frame" in base and base is not row
                 }
         provenance.write(self.options.json, self.result)
-
-    def free(self) -> None:
-        gc.collect()
-        gpu.synchronize(self.device)
-        if self.cuda:
-            torch.cuda.empty_cache()
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ number. bench_frame.py and bench_codec.py hold what is said to the truth.
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import traceback
 from collections.abc import Callable
@@ -102,10 +101,10 @@ class Bench:
 
     def measure(self, contender: Contender) -> None:
         """A row for every length, and the contender's memory: allocated when it is there, and at most since then."""
-        self.free()
+        gpu.free(self.device)
         before = self.allocated()
         pipeline = contender.make(self.given)
-        self.free()
+        gpu.free(self.device)
         held = self.memory[contender.name] = {"before": before, "held": self.allocated() - before}
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -154,12 +153,6 @@ class Bench:
 
     def allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.cuda else 0
-
-    def free(self) -> None:
-        gc.collect()
-        gpu.synchronize(self.device)
-        if self.cuda:
-            torch.cuda.empty_cache()
 
 
 def main() -> None:

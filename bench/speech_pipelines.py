@@ -12,6 +12,7 @@ from typing import Any
 
 import codec_models
 import torch
+import upstream_step
 from torch import Tensor, nn
 
 from s1kernels import Engine, IncompleteSpeech, Speech, Voice, fish_speech
@@ -139,13 +140,7 @@ class Upstream:
         self.prompt = Prompt(shape, given.tokenizer)
         self.step: dict[str, Callable[..., Tensor]] = {}
         if compiled:
-            cuda = given.device.type == "cuda"
-            self.step["decode_one_token"] = torch.compile(
-                self.inference.decode_one_token_ar,
-                backend="inductor" if cuda else "aot_eager",
-                mode="reduce-overhead" if cuda else None,
-                fullgraph=True,
-            )
+            self.step["decode_one_token"] = upstream_step.compiled(self.inference, given.device)
 
     def warm_up(self) -> None:
         for seed in range(2):  # compilation, then capture

@@ -77,8 +77,7 @@ def dtype_for(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 class Step:
     """An exported part of a model with its buffers, which torch and ONNX Runtime share: `inputs` and `outputs` by name.
-    A cache comes out where it goes in.
-    """
+    A cache comes out where it goes in."""
 
     def __init__(
         self, config: DualARConfig, weights: Weights, part: Part, provider: str, directory: Path, **options: Any
