@@ -8,6 +8,19 @@ namespace s1 {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
+// 2^x, or 0 if that is below the normal numbers.
+__device__ __forceinline__ float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// 1/x, of a normal number.
+__device__ __forceinline__ float inverse_of(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // kLanes neighbouring lanes hold a head of kDim elements; a warp holds kSlots such vectors side by side.
 template <int kDim>
 struct HeadLanes {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "frame_projections.cuh"
+#include "matrices.cuh"
 
 namespace s1 {
 
@@ -13,7 +14,6 @@ struct FrameAttention : FrameProjections<T> {
   using Base::before_polls;
   using Base::lane;
   using Base::s;
-  using Base::stage_words;
   using Base::thread;
   using Base::waiting;
   using Base::warp;
@@ -223,64 +223,116 @@ struct FrameAttention : FrameProjections<T> {
     });
   }
 
-  // Fast attention, by every block alike, and its projection. While the inputs are on their way, the first layer draws
-  // the noise of the code that will come of them.
+  // Fast attention, by every block alike, and its projection: a warp's columns are a query head, so that it needs no
+  // other's. While the inputs are on their way, the first layer draws the noise of the code that will come of them.
   __device__ __forceinline__ void fast_output(const Phase& f, int half) {
-    T* attended = reinterpret_cast<T*>(s.stage) + 2 * kFastQkvRows;
     if (f.layer == 0) draw_noise(f.position + f.vectors);
-    this->template project_residual<1, true>(f, half, [&](Vec16(&x)[1]) {
-      stage_words(f, kFastQkvRows / 2);
-      sync_workers();
-      fast_attention(f, attended);
-      sync_workers();
-      x[0] = load_vec(attended + (this->part_vector() * kWidth + warp() * 64 + this->part_column()));
+    this->template project_residual<1, false>(f, half, [&](Vec16(&x)[1]) {
+      if (f.vectors == 2) {
+        x[0] = fast_attention<2, 1>(f);
+      } else {
+        x[0] = f.position < 8 ? fast_attention<1, 1>(f) : fast_attention<1, 2>(f);
+      }
     });
+    keep_head(f);
   }
 
-  // A warp has a query head; two share a key/value head.
-  __device__ __forceinline__ void fast_attention(const Phase& f, T* attended) {
-    using Head = HeadLanes<kFastDim>;
-    constexpr int kSteps = kPlaces / Head::kSlots;
-    const T* qkv = reinterpret_cast<const T*>(s.stage);
-    const int h = warp(), g = h / 2, slot = lane() / Head::kLanes, column = lane() % Head::kLanes * 8;
-    const int length = f.position + f.vectors;
-    Vec16 k[kSteps], v[kSteps];
+  // This lane's part of the result for this warp's query head, of up to kTiles * 8 positions. The warp takes the query
+  // and the key and value that it shares with the next warp into s.heads. There and in s.cache, word j of a vector's
+  // 16-byte piece i is word i % 4 of piece i / 4 * 4 + j, so that the result is an operand of the projection as it is;
+  // and piece i lies where piece i ^ position % 8 would, so that eight positions are read without bank conflicts.
+  // Operand rows g and g + 8 of all products belong to the vector and the columns that lane 4g has of the result.
+  // Scores: rows g have the even pieces of the query, rows g + 8 the odd ones. Values: rows g have the high part of the
+  // weights, rows g + 8 the low part; half of the inner indices are for the first 32 columns and half for the others,
+  // with zeros for those that are not the row's.
+  template <int kVectors, int kTiles>
+  __device__ __forceinline__ Vec16 fast_attention(const Phase& f) {
+    const float scale = rsqrtf(static_cast<float>(kFastDim)) * kLog2e;
+    const uint32 lane = this->lane(), h = warp(), row = lane % 8, matrix = lane / 8, position = f.position;
+    const uint32 vector = kVectors == 2 ? row / 4 : 0;
+    const uint32 here = position + (kVectors == 2 ? this->part_vector() : 0);
+    const uint32 heads = shared_address(s.heads[h]), kept = shared_address(s.cache[f.layer][0][0][h / 2]);
+    const uint32 query_at = heads + vector * sizeof(s.heads[0][0]) + (matrix ^ (position + vector) % 8) * 16;
+    uint32 key_at[kTiles], value_at[kTiles];
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      const int p = i * Head::kSlots + slot;
-      k[i] = v[i] = Vec16{};
-      if (p < f.position) {
-        k[i] = load_vec(&s.cache[f.layer][0][p][g][column]);
-        v[i] = load_vec(&s.cache[f.layer][1][p][g][column]);
-      } else if (p < length) {
-        const T* row = qkv + (p - f.position) * kFastQkvRows + g * kFastDim + column;
-        k[i] = load_vec(row + 16 * kFastDim);
-        v[i] = load_vec(row + 24 * kFastDim);
-        if (h % 2 == 0) {
-          store_vec(&s.cache[f.layer][0][p][g][column], k[i]);
-          store_vec(&s.cache[f.layer][1][p][g][column], v[i]);
-        }
+    for (int i = 0; i < kTiles; ++i) {
+      const uint32 place = min(i * 8 + row, position + kVectors - 1);
+      const bool fresh = place >= position;
+      const uint32 key = fresh ? heads + (place - position) * sizeof(s.heads[0][0]) + sizeof(s.heads[0][0][0])
+                               : kept + place * sizeof(s.cache[0][0][0]);
+      key_at[i] = key + ((matrix % 2 * 2 + matrix / 2) ^ place % 8) * 16;
+      value_at[i] = key + (fresh ? sizeof(s.heads[0][0][0]) : sizeof(s.cache[0][0])) +
+                    ((matrix % 2 * 4 + matrix / 2) ^ place % 8) * 16;
+    }
+    Vec16 x[kVectors];
+    const uint32 kind = min(matrix, 2u), head = kind == 0 ? h : 8 + 8 * kind + h / 2;  // the last eight lanes repeat
+    const uint32 to = heads + min(row / 2, 2u) * sizeof(s.heads[0][0][0]), piece = row % 2 * 4 + matrix;
+    waiting.take4s(a.words + f.in + head * (kFastDim / 2) + row * 4, kFastQkvRows / 2, x);
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < kVectors; ++r)
+      store_matrices(to + r * sizeof(s.heads[0][0]) + (piece ^ (position + r) % 8) * 16, x[r]);
+    __syncwarp();
+    const Vec16 query[2] = {load_matrices(query_at), load_matrices(query_at ^ 64)};
+    Vec16 key[kTiles][2], value[kTiles][2];
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) key[i][j] = load_matrices(key_at[i] ^ (j * 64));
+    }
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) value[i][j] = load_transposed(value_at[i] ^ (j * 32));
+    }
+    float score[kTiles][2], top = -infinity();
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      float even[4] = {}, odd[4] = {};
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const Vec16 &q = query[j], &k = key[i][j];
+        Mma<T>::add(even, q.word[0], q.word[1], q.word[2], q.word[3], k.word[0], k.word[1]);
+        Mma<T>::add(odd, q.word[0], q.word[1], q.word[2], q.word[3], k.word[2], k.word[3]);
+      }
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        score[i][e] = i * 8 + lane % 4 * 2 + e <= here ? even[e] + odd[2 + e] : -infinity();
+        top = fmaxf(top, score[i][e]);
       }
     }
-#pragma unroll 1
-    for (int r = 0; r < f.vectors; ++r) {
-      const int here = f.position + r;
-      float q[8], score[kSteps];
-      unpack8<T>(load_vec(qkv + r * kFastQkvRows + h * kFastDim + column), q);
+    top = warp_max<4>(top) * scale;
+    const bool low = lane / 4 % 2 == 0;  // columns
+    const uint32 ones = pack<T>(1.0f, 1.0f);
+    float sum[4][4] = {}, total[4] = {};
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        const float x = head_dot<T, kFastDim>(q, k[i]) * (rsqrtf(static_cast<float>(kFastDim)) * kLog2e);
-        score[i] = i * Head::kSlots + slot <= here ? x : -infinity();
+    for (int i = 0; i < kTiles; ++i) {
+      const float p = exp2_of(fmaf(score[i][0], scale, -top)), q = exp2_of(fmaf(score[i][1], scale, -top));
+      const uint32 high = pack<T>(p, q);
+      const float2 taken = unpack<T>(high);
+      const uint32 rest = pack<T>(p - taken.x, q - taken.y);
+      const uint32 w[4] = {low ? high : 0, low ? rest : 0, low ? 0 : high, low ? 0 : rest};
+      Mma<T>::add(total, w[0], w[1], w[2], w[3], ones, ones);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const Vec16& v = value[i][j / 2];
+        Mma<T>::add(sum[j], w[0], w[1], w[2], w[3], v.word[j % 2 * 2], v.word[j % 2 * 2 + 1]);
       }
-      SoftmaxSum sum;
-      sum.clear();
-      sum.template add<T>(score, v);
-      sum.merge_slots<Head::kLanes>();
-      const float inverse = 1.0f / sum.total;
-#pragma unroll
-      for (int e = 0; e < 8; ++e) sum.value[e] *= inverse;
-      if (slot == 0) store_vec(attended + r * kWidth + h * kFastDim + column, pack8<T>(sum.value));
     }
+    const float inverse = inverse_of(total[0] + total[2]);
+    Vec16 y;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      y.word[j] = pack<T>((sum[j][0] + sum[j][2]) * inverse, (sum[j][1] + sum[j][3]) * inverse);
+    return y;
+  }
+
+  // Puts the new keys and values where later positions find them.
+  __device__ __forceinline__ void keep_head(const Phase& f) {
+    const int h = warp(), vector = lane() / 16, side = lane() / 8 % 2, column = lane() % 8 * 8;
+    if (h % 2 == 0 || vector >= f.vectors) return;
+    store_vec(&s.cache[f.layer][side][f.position + vector][h / 2][column],
+              load_vec(&s.heads[h][vector][1 + side][column]));
   }
 
   // -log(noise) of a fast code's rows.

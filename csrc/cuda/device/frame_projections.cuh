@@ -303,13 +303,6 @@ struct FrameProjections {
     return part;
   }
 
-  // Stages the words of a phase's vectors as they are, `words` of them each.
-  __device__ __forceinline__ void stage_words(const Phase& f, int words) {
-    before_polls();
-    for (int i = thread; i < f.vectors * words / 4; i += kWorkers * 32)
-      store_vec(s.stage + i * 16, waiting.take4(a.words + f.in + i * 4));
-  }
-
   // A warp for each vector has the results of a phase, a lane a row. The fast stack's queries and keys leave rotated.
   template <int kTiles>
   __device__ __forceinline__ void qkv(const Phase& f, int half) {
