@@ -50,14 +50,20 @@ struct Waiting {
     given_up = *static_cast<volatile int*>(abandoned) != 0;
     return !given_up;
   }
-  // kCount times four words, `step` words apart.
+  // kCount times four words, `step` words apart. Every poll asks for all that are missing.
   template <int kCount>
   __device__ __forceinline__ void take4s(const uint32* at, int step, Vec16 (&v)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) v[i] = peek4(at + i * step);
+    for (int n = 0;; ++n) {
+      bool missing[kCount], any = false;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      for (int n = 0; any_empty(v[i]) && again(n); ++n) v[i] = peek4(at + i * step);
+      for (int i = 0; i < kCount; ++i) any |= missing[i] = any_empty(v[i]);
+      if (!any || !again(n)) return;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        if (missing[i]) v[i] = peek4(at + i * step);
+    }
   }
   __device__ __forceinline__ Vec16 take4(const uint32* at) {
     Vec16 v[1];
@@ -78,11 +84,17 @@ struct Waiting {
     Vec16 v[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) v[i] = peek4(at[i]);
+    for (int n = 0;; ++n) {
+      bool missing[kCount], any = false;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      for (int n = 0; (v[i].word[1] != tag || v[i].word[3] != tag) && again(n); ++n) v[i] = peek4(at[i]);
-      x[i] = {__uint_as_float(v[i].word[0]), __uint_as_float(v[i].word[2])};
+      for (int i = 0; i < kCount; ++i) any |= missing[i] = v[i].word[1] != tag || v[i].word[3] != tag;
+      if (!any || !again(n)) break;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        if (missing[i]) v[i] = peek4(at[i]);
     }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = {__uint_as_float(v[i].word[0]), __uint_as_float(v[i].word[2])};
   }
 };
 __device__ __forceinline__ void put_tagged(uint32* at, float x, uint32 tag) {
