@@ -26,23 +26,24 @@ struct PersistentFrame : FrameDraws<T> {
   // Starts to copy a phase into its slot: the last warp, which has the least to do.
   __device__ __forceinline__ void fetch_phase(int p) {
     constexpr int kPieces = sizeof(Phase) / 8;
-    if (p >= a.phase_count || warp_id() != kWorkers - 1 || lane_id() >= kPieces) return;
-    copy_async8(reinterpret_cast<uint64*>(&s.phases[p % 8]) + lane_id(),
-                reinterpret_cast<const uint64*>(a.phases + p) + lane_id());
+    if (p >= a.phase_count || this->warp() != kWorkers - 1 || this->lane() >= kPieces) return;
+    copy_async8(reinterpret_cast<uint64*>(&s.phases[p % 8]) + this->lane(),
+                reinterpret_cast<const uint64*>(a.phases + p) + this->lane());
   }
 
   __device__ void run() {
     for (int i = threadIdx.x; i < min(a.codebooks, kPlaces) * kFastDim; i += kWorkers * 32)
       (&s.angles[0][0])[i] = static_cast<const T*>(a.fast_cos_sin)[i];
-    for (int p = 0; p < 3; ++p) fetch_phase(p);
+    this->read_thread();
+    for (int p = 0; p < 4; ++p) fetch_phase(p);
     copies_done();
     sync_workers();
     for (int p = 0; p < a.phase_count; ++p) {
       const Phase& f = s.phases[p % 8];
       const int half = p % 2;
-      copies_done();  // of phase p + 2, which the barriers of this one or the next show to all
-      fetch_phase(p + 3);
       this->read_thread();
+      copies_done();  // of phase p + 3, which a barrier of this one or the next two shows to all
+      fetch_phase(p + 4);
       if (a.times && this->thread == 0 && this->block() == 0) a.times[p] = nanoseconds();
       this->begun = static_cast<uint32>(clock64());
       switch (f.kind) {
@@ -115,9 +116,9 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
     barriers_visible();
     s.position = *a.position;
     s.turn = *a.turn;
-    PersistentFrame<T>::copy_past(a, s, 0);
   }
   __syncthreads();
+  if (warp_id() == 0) PersistentFrame<T>::copy_past(a, s, 0, 0);
   if (warp_id() == kWorkers) {
     if (lane_id() < kCopyLanes) PersistentFrame<T>::stream(a, s);
     return;

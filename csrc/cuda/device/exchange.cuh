@@ -97,8 +97,10 @@ struct Waiting {
     for (int i = 0; i < kCount; ++i) x[i] = {__uint_as_float(v[i].word[0]), __uint_as_float(v[i].word[2])};
   }
 };
-__device__ __forceinline__ void put_tagged(uint32* at, float x, uint32 tag) {
-  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(__float_as_uint(x)), "r"(tag) : "memory");
+__device__ __forceinline__ void put_tagged2(uint32* at, float x, float y, uint32 tag) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %3, %2, %3};" ::"l"(at), "r"(__float_as_uint(x)),
+               "r"(__float_as_uint(y)), "r"(tag)
+               : "memory");
 }
 
 }  // namespace s1

@@ -11,194 +11,249 @@ template <class T>
 struct FrameAttention : FrameProjections<T> {
   using Base = FrameProjections<T>;
   using Base::a;
-  using Base::before_polls;
   using Base::lane;
   using Base::s;
   using Base::thread;
   using Base::waiting;
   using Base::warp;
 
-  static __device__ __forceinline__ int chunk_of(int length) {
-    return ceil_div(ceil_div(length, kSplits), kChunkStep) * kChunkStep;
-  }
+  static constexpr int kRowWords = kSlowDim * sizeof(T) / 4;                  // of a slow key or value
+  static constexpr int kRuns = 8, kFreshRow = kNear * kRowWords + kRuns * 4;  // behind the runs, in words
 
-  // This block's share of the positions of a slow head.
+  // This block's share of the positions of a slow head. Shared memory holds up to kNear of them, sixteen a warp, for a
+  // round: eight runs of them, two of each run a warp's, so that a matrix's rows come from eight runs; these lie 16
+  // bytes out of step with each other, so that they are read without bank conflicts.
   struct Share {
-    int head, split, length, chunk, begin, end;
+    int head, split, length, chunk, begin, end, warps, run, rounds;
 
     __device__ __forceinline__ explicit Share(int position) {
       const int block = Base::block();
       head = block / kSplits;
       split = block % kSplits;
       length = position + 1;
-      chunk = chunk_of(length);
+      chunk = ceil_div(ceil_div(length, kSplits), kChunkStep) * kChunkStep;
       begin = split * chunk;
       end = min(begin + chunk, length);
+      warps = min(chunk, kNear) / kChunkStep;
+      run = warps * (kChunkStep / kRuns);
+      rounds = begin < end ? ceil_div(end - begin, kNear) : 0;
     }
     // Of the head's keys (side 0) or values (side 1) in a layer's cache.
     __device__ __forceinline__ T* rows(const PersistentFrameArgs& a, int layer, int side) const {
       return reinterpret_cast<T*>(a.caches[2 * layer + side]) + static_cast<int64>(head) * a.capacity * kSlowDim;
     }
+    // From one run to the next in shared memory, in words.
+    __device__ __forceinline__ int stride() const { return run * kRowWords + 4; }
   };
 
-  // Starts to copy the keys and values that a layer will want, the frame's own but for. One thread.
-  static __device__ __forceinline__ void copy_past(const PersistentFrameArgs& a, Shared<T>& s, int layer) {
-    if (layer >= a.slow_layers) return;
+  // Starts to copy a round's keys and values of a layer, the frame's own but for. One warp.
+  static __device__ __forceinline__ void copy_past(const PersistentFrameArgs& a, Shared<T>& s, int layer, int round) {
     const Share mine(s.position);
-    const int rows = max(0, min(min(mine.end, s.position) - mine.begin, kNear));
-    const int bytes = rows * kSlowDim * static_cast<int>(sizeof(T));
-    barrier_expect(&s.past_full, 2 * bytes);
-    if (rows == 0) return;
-    for (int side = 0; side < 2; ++side)
-      bulk_copy(s.past[side], mine.rows(a, layer, side) + static_cast<int64>(mine.begin) * kSlowDim, bytes,
+    if (layer >= a.slow_layers || mine.rounds == 0) return;
+    const int side = lane_id() / kRuns, first = mine.begin + round * kNear, skipped = lane_id() % kRuns * mine.run;
+    const int rows = max(0, min(min(mine.end, s.position) - first, kNear)), taken = min(rows - skipped, mine.run);
+    if (lane_id() == 0) barrier_expect(&s.past_full, 2 * rows * kRowWords * 4);
+    __syncwarp();
+    if (side < 2 && taken > 0)
+      bulk_copy(s.slow.past[side] + lane_id() % kRuns * mine.stride(),
+                mine.rows(a, layer, side) + static_cast<int64>(first + skipped) * kSlowDim, taken * kRowWords * 4,
                 &s.past_full);
   }
 
-  // Slow attention, first half: this block has a sixteenth of the positions of one key/value head. The first kNear of
-  // them have been copied to shared memory since the layer before.
+  // Slow attention, first half: this block has a sixteenth of the positions of one key/value head. The first round of
+  // them has been copied to shared memory since the layer before; warp kNearWarps copies the next. Every other warp
+  // takes the two query heads for itself.
   __device__ __forceinline__ void attend(const Phase& f) {
-    constexpr int kHeadWarps = kWorkers / 2;  // of a query head
-    using Part = Positions<T, kSlowDim, kHeadWarps, 2>;
-    using Head = HeadLanes<kSlowDim>;
-    static_assert(kNear % Part::kBlock == 0, "");
+    constexpr int kHeads = 2 * (kBlocks / kSplits);
+    const float scale = rsqrtf(static_cast<float>(kSlowDim)) * kLog2e;
     const int warp = this->warp(), lane = this->lane(), here = s.position;
     const Share mine(here);
-    const int g = mine.head, begin = mine.begin, length = mine.length;
-    const bool last = here >= begin && here < begin + mine.chunk;
-    Part p;
-    p.k_row = mine.rows(a, f.layer, 0);
-    p.v_row = mine.rows(a, f.layer, 1);
-    p.end = mine.end;
-    p.stored = min(p.end, here);
-    p.load(begin + kNear);
-    if (warp < 4 && begin < length && (warp < 2 || last)) {
-      // A warp a vector: two query heads, the key, the value. A lane has four elements.
-      const int heads = 2 * (kBlocks / kSplits), row = warp < 2 ? 2 * g + warp : heads + (warp - 2) * (heads / 2) + g;
-      const T* weight = warp < 3 ? reinterpret_cast<const T*>(a.norms[2 * f.layer + (warp == 2)]) : nullptr;
-      const T* angle = static_cast<const T*>(a.cos_sin) + static_cast<int64>(here) * kSlowDim + lane * 4;
-      const uint2 turns = *reinterpret_cast<const uint2*>(angle);
-      const uint2 weights = weight ? *reinterpret_cast<const uint2*>(weight + lane * 4) : uint2{0, 0};
-      before_polls();
-      uint2 word = waiting.take2(a.words + f.in + row * (kSlowDim / 2) + lane * 2);
-      if (warp < 3) {
-        float2 x = unpack<T>(word.x), y = unpack<T>(word.y);
-        if (weight) {
-          const float2 n = unpack<T>(weights.x), m = unpack<T>(weights.y);
-          const float square = x.x * x.x + x.y * x.y + y.x * y.x + y.y * y.y;
-          const float scale = rsqrtf(warp_sum(square) * (1.0f / kSlowDim) + a.eps);
-          x = {x.x * (scale * n.x), x.y * (scale * n.y)};
-          y = {y.x * (scale * m.x), y.y * (scale * m.y)};
-        }
-        const float2 first = unpack<T>(turns.x), second = unpack<T>(turns.y);  // cos, sin
-        word.x = pack<T>(x.x * first.x - x.y * first.y, x.y * first.x + x.x * first.y);
-        word.y = pack<T>(y.x * second.x - y.y * second.y, y.y * second.x + y.x * second.y);
+    if (mine.rounds == 0 || (warp >= mine.warps && warp != kNearWarps)) return;
+    if (warp == kNearWarps) {
+      for (int round = 1; round <= mine.rounds; ++round) {
+        sync_past(mine.warps);
+        copy_past(a, s, f.layer + round / mine.rounds, round % mine.rounds);
       }
-      if (warp < 2) {
-        const float scale = rsqrtf(static_cast<float>(kSlowDim)) * kLog2e;
-        const float2 x = unpack<T>(word.x), y = unpack<T>(word.y);
-        reinterpret_cast<float4*>(s.query[warp])[lane] = {x.x * scale, x.y * scale, y.x * scale, y.y * scale};
-      } else {
-        reinterpret_cast<uint2*>(s.fresh[warp - 2])[lane] = word;
-        T* to = (warp == 2 ? p.k_row : p.v_row) + static_cast<int64>(here) * kSlowDim + lane * 4;
-        *reinterpret_cast<uint2*>(to) = word;
-      }
+      return;
     }
-    sync_workers();
-    barrier_wait(&s.past_full, f.layer % 2);
-    if (begin < length) {
-      float q[8];
-#pragma unroll
-      for (int e = 0; e < 8; ++e) q[e] = s.query[warp / kHeadWarps][Head::column() + e];
-      SoftmaxSum sum;
-      sum.clear();
-      const auto add = [&](int start, const Vec16(&k)[Part::kLoads], const Vec16(&v)[Part::kLoads]) {
-        float score[Part::kLoads];
-#pragma unroll
-        for (int i = 0; i < Part::kLoads; ++i) {
-          const float x = head_dot<T, kSlowDim>(q, k[i]);
-          score[i] = p.of(start, i) < p.end ? x : -infinity();
-        }
-        sum.template add<T>(score, v);
-      };
+    const int g = mine.head, side = lane / 16, column = lane % 16 * 8;
+    // Whether the frame's own position is this warp's.
+    const bool last = mine.end == mine.length && (here - mine.begin) % kNear % mine.run / 2 == warp;
+    const auto norm_weight = [&](int of) { return reinterpret_cast<const T*>(a.norms[2 * f.layer + of]); };
+    const T *q_weight = norm_weight(0), *k_weight = norm_weight(1);
+    const Vec16 angles = load_vec(static_cast<const T*>(a.cos_sin) + static_cast<int64>(here) * kSlowDim + column);
+    const Vec16 q_weights = q_weight ? load_vec(q_weight + column) : Vec16{};
+    const Vec16 k_weights = last && k_weight ? load_vec(k_weight + column) : Vec16{};
+    const int query_row = 2 * g + side, fresh_row = kHeads + side * (kHeads / 2) + g;
+    const uint32* from = a.words + f.in + query_row * kRowWords + column / 2;
+    Vec16 x[2];
+    if (last) {
+      waiting.take4s(from, (fresh_row - query_row) * kRowWords, x);
+    } else {
+      x[0] = waiting.take4(from);
+    }
+    __syncwarp();
+    x[0] = norm_rotary<T, kSlowDim>(x[0], q_weight != nullptr, q_weights, angles, a.eps);
+    store_vec(&s.slow.query[warp][side][column], x[0]);
+    if (last) {
+      const Vec16 key = norm_rotary<T, kSlowDim>(x[1], k_weight != nullptr, k_weights, angles, a.eps);
+      const Vec16 fresh = side == 0 ? key : x[1];
+      store_vec(s.slow.past[side] + kFreshRow + column / 2, fresh);
+    }
+    __syncwarp();
+    // Operand rows g and g + 8 of all products belong to head g / 4 and columns 32 * (g % 4) on. Scores: rows g have
+    // the even pieces of the query, rows g + 8 the odd ones. Values: rows g have the high part of the weights, rows g +
+    // 8 the low part; each product has half of its inner indices for 32 of the columns and half for 32 others, with
+    // zeros in the rows whose columns they are not.
+    const int row = lane % 8, matrix = lane / 8, t = lane % 4, group = lane / 4 % 4;
+    const uint32 query_at = shared_address(&s.slow.query[warp][row / 4][matrix * 8]);
+    const uint32 past = shared_address(s.slow.past[0]);
+    float top = -infinity(), total = 0.0f, sum[4][4] = {};
 #pragma unroll 1
-      for (int start = begin; start < min(p.end, begin + kNear); start += Part::kBlock) {
-        Vec16 k[Part::kLoads], v[Part::kLoads];
+    for (int round = 0; round < mine.rounds; ++round) {
+      // The warp's first position, and how many there are from it on in the round.
+      const int before = mine.begin + round * kNear + 2 * warp, near = min(mine.end - before, kNear - 2 * warp);
+      barrier_wait(&s.past_full, (f.layer * mine.rounds + round) & 1);
+      __syncwarp();
+      if (near > 0) {
+        float score[2][2], higher = -infinity();
+        uint32 at[2];
+        Vec16 query[4];
 #pragma unroll
-        for (int i = 0; i < Part::kLoads; ++i) {
-          const int at = p.of(start, i);
-          k[i] = load_vec((at == here ? s.fresh[0] : s.past[0][at - begin]) + Head::column());
-          v[i] = load_vec((at == here ? s.fresh[1] : s.past[1][at - begin]) + Head::column());
+        for (int j = 0; j < 4; ++j) query[j] = load_matrices(query_at + j * 64);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int place = row * mine.run + i;  // if it is not there, the warp's first instead
+          const uint32 kept =
+              past + (place < near ? row * mine.stride() + (2 * warp + i) * kRowWords : 2 * warp * kRowWords) * 4;
+          at[i] = before + (place < near ? place : 0) == here ? past + kFreshRow * 4 : kept;
+          float even[4] = {}, odd[4] = {};
+          Vec16 key[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) key[j] = load_matrices(at[i] + (matrix % 2 * 2 + matrix / 2) * 16 + j * 64);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const Vec16 &q = query[j], &k = key[j];
+            Mma<T>::add(even, q.word[0], q.word[1], q.word[2], q.word[3], k.word[0], k.word[1]);
+            Mma<T>::add(odd, q.word[0], q.word[1], q.word[2], q.word[3], k.word[2], k.word[3]);
+          }
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            score[i][e] = (2 * t + e) * mine.run + i < near ? even[e] + odd[2 + e] : -infinity();
+            higher = fmaxf(higher, score[i][e]);
+          }
         }
-        add(start, k, v);
+        higher = fmaxf(top, warp_max<4>(higher) * scale);
+        if (round > 0) {
+          const float keep = exp2_of(top - higher);
+          total *= keep;
+#pragma unroll
+          for (int e = 0; e < 16; ++e) sum[e / 4][e % 4] *= keep;
+        }
+        top = higher;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          Vec16 value[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) value[j] = load_transposed(at[i] + sizeof(s.slow.past[0]) + matrix * 64 + j * 16);
+          const float p = exp2_of(fmaf(score[i][0], scale, -top)), q = exp2_of(fmaf(score[i][1], scale, -top));
+          total += p + q;
+          const uint32 high = pack<T>(p, q);
+          const float2 taken = unpack<T>(high);
+          const uint32 rest = pack<T>(p - taken.x, q - taken.y);
+#pragma unroll
+          for (int pair = 0; pair < 2; ++pair) {
+            const bool low = group == 2 * pair, up = group == 2 * pair + 1;
+            const uint32 w[4] = {low ? high : 0, low ? rest : 0, up ? high : 0, up ? rest : 0};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const Vec16& v = value[j];
+              Mma<T>::add(sum[j], w[0], w[1], w[2], w[3], v.word[2 * pair], v.word[2 * pair + 1]);
+            }
+          }
+        }
       }
+      __syncwarp();
+      leave_past(mine.warps);
+    }
+    put_parts(f, mine, sum, warp_sum<4>(total), top);
+    if (last) {
+      const Vec16 fresh = load_vec(s.slow.past[side] + kFreshRow + column / 2);
+      store_vec(mine.rows(a, f.layer, side) + static_cast<int64>(here) * kSlowDim + column, fresh);
+    }
+  }
+
+  // Puts what the block found where the blocks that combine look for it. A lane has of head lane / 16, as sums of two,
+  // columns 32 * group + 8j + 2t and the next.
+  __device__ __forceinline__ void put_parts(const Phase& f, const Share& mine, const float (&sum)[4][4], float total,
+                                            float top) {
+    const int head = lane() / 16, group = lane() / 4 % 4, t = lane() % 4;
+    if (mine.warps == 1) {
+      const int reader = head * 8 + group * 2;
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        put_tagged2(part_for(mine, reader + j / 2) + (j % 2 * 8 + 2 * t) * 2, sum[j][0] + sum[j][2],
+                    sum[j][1] + sum[j][3], tag(f));
+      if (t < 2) put_tagged2(part_for(mine, reader + t) + 32, total, top, tag(f));
+      return;
+    }
+    float* to = s.slow.merged[warp()][head];
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      *reinterpret_cast<float2*>(to + group * 32 + j * 8 + 2 * t) = {sum[j][0] + sum[j][2], sum[j][1] + sum[j][3]};
+    if (lane() % 16 == 0) *reinterpret_cast<float2*>(to + kSlowDim) = {total, top};
+    sync_attending(mine.warps);
 #pragma unroll 1
-      for (int start = begin + kNear; start < p.end; start += Part::kBlock) {
+    for (int i = thread; i < kSlowDim; i += mine.warps * 32) {  // two elements each
+      const int h = i / (kSlowDim / 2), d = i % (kSlowDim / 2) * 2;
+      float2 known[kNearWarps], y{0.0f, 0.0f};  // total and top
+      float most = -infinity(), all = 0.0f;
 #pragma unroll
-        for (int i = 0; i < Part::kLoads; ++i) {
-          if (p.of(start, i) != here) continue;
-          p.k[i] = load_vec(s.fresh[0] + Head::column());
-          p.v[i] = load_vec(s.fresh[1] + Head::column());
-        }
-        add(start, p.k, p.v);
-        p.load(start + Part::kBlock);
+      for (int w = 0; w < kNearWarps; ++w) {
+        known[w] = {0.0f, -infinity()};
+        if (w < mine.warps) known[w] = *reinterpret_cast<const float2*>(s.slow.merged[w][h] + kSlowDim);
+        most = fmaxf(most, known[w].y);
       }
-      sum.template merge_slots<Head::kLanes>();
-      if (Head::slot() == 0) {
-        float* to = s.merged[warp];
 #pragma unroll
-        for (int e = 0; e < 8; ++e) to[Head::column() + e] = sum.value[e];
-        if (Head::column() == 0) {
-          to[kSlowDim] = sum.total;
-          to[kSlowDim + 1] = sum.top;
-        }
+      for (int w = 0; w < kNearWarps; ++w) {
+        if (w >= mine.warps) break;
+        const float weight = exp2_of(known[w].y - most);
+        const float2 v = *reinterpret_cast<const float2*>(s.slow.merged[w][h] + d);
+        all = fmaf(weight, known[w].x, all);
+        y = {fmaf(weight, v.x, y.x), fmaf(weight, v.y, y.y)};
       }
+      uint32* out = part_for(mine, h * 8 + d / 16);
+      put_tagged2(out + d % 16 * 2, y.x, y.y, tag(f));
+      if (d % 16 == 0) put_tagged2(out + 32, all, most, tag(f));
     }
-    sync_workers();
-    if (thread == kWorkers * 32 - 1) copy_past(a, s, f.layer + 1);
-    if (begin >= length || thread >= 2 * kSlowDim) return;
-    const int h = thread / kSlowDim, d = thread % kSlowDim;
-    const auto& parts = *reinterpret_cast<const float (*)[kHeadWarps][kSlowDim + 2]>(s.merged[h * kHeadWarps]);
-    float top = -infinity(), total = 0.0f, value = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kHeadWarps; ++w) top = fmaxf(top, parts[w][kSlowDim + 1]);
-#pragma unroll
-    for (int w = 0; w < kHeadWarps; ++w) {
-      const float weight = exp2f(parts[w][kSlowDim + 1] - top);
-      total = fmaf(weight, parts[w][kSlowDim], total);
-      value = fmaf(weight, parts[w][d], value);
-    }
-    uint32* to = a.parts + (static_cast<int>(blockIdx.x) * kPartWords + h * (kSlowDim + 2)) * 2;
-    put_tagged(to + d * 2, value, tag(f));
-    if (d != 0) return;
-    put_tagged(to + kSlowDim * 2, total, tag(f));
-    put_tagged(to + kSlowDim * 2 + 2, top, tag(f));
   }
   __device__ __forceinline__ uint32 tag(const Phase& f) const {
     return s.turn * static_cast<uint32>(a.slow_layers) + static_cast<uint32>(f.layer) + 1u;
   }
+  // This block's part of what the reader'th block of its head combines: 16 elements, the total and the top.
+  __device__ __forceinline__ uint32* part_for(const Share& mine, int reader) const {
+    return a.parts + ((mine.head * kSplits + reader) * kSplits + mine.split) * kPartWords;
+  }
 
-  // Second half: this block merges the parts of sixteen elements of one query head: two a lane of half a warp, whose
-  // lanes have a part each.
+  // Second half: this block merges the parts of sixteen elements of one query head: four a lane of half a warp, whose
+  // lanes have a part each. No other block reads these words.
   __device__ __forceinline__ void combine(const Phase& f) {
-    if (warp() >= 4) return;
-    const int g = blockIdx.x / kSplits, split = blockIdx.x % kSplits, h = split / 8;
-    const int first = split % 8 * 16 + warp() * 4 + lane() / kSplits * 2, part = lane() % kSplits;
-    const int length = s.position + 1;
-    const int chunk = chunk_of(length);
-    float low = 0.0f, high = 0.0f, total = 0.0f, top = -infinity();
-    if (part * chunk < length) {
-      const uint32* from = a.parts + ((g * kSplits + part) * kPartWords + h * (kSlowDim + 2)) * 2;
-      before_polls();
-      float2 x[2];
-      waiting.take_tagged2s({from + first * 2, from + kSlowDim * 2}, tag(f), x);
-      low = x[0].x, high = x[0].y, total = x[1].x, top = x[1].y;
+    if (warp() >= 2) return;
+    const Share mine(s.position);
+    const int first = warp() * 8 + lane() / kSplits * 4, part = lane() % kSplits;
+    float2 x[3] = {{0.0f, -infinity()}, {0.0f, 0.0f}, {0.0f, 0.0f}};
+    if (part * mine.chunk < mine.length) {
+      const uint32* from = a.parts + (Base::block() * kSplits + part) * kPartWords;
+      waiting.take_tagged2s({from + 32, from + first * 2, from + first * 2 + 4}, tag(f), x);
     }
     __syncwarp();
-    const float weight = exp2f(top - warp_max<kSplits>(top));
-    total = warp_sum<kSplits>(weight * total);
-    low = warp_sum<kSplits>(weight * low);
-    high = warp_sum<kSplits>(weight * high);
-    if (part == 0) put_word(a.words + f.out + ((2 * g + h) * kSlowDim + first) / 2, pack<T>(low / total, high / total));
+    const float weight = exp2_of(x[0].y - warp_max<kSplits>(x[0].y));
+    const float inverse = inverse_of(warp_sum<kSplits>(weight * x[0].x));
+    float y[4] = {x[1].x, x[1].y, x[2].x, x[2].y};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) y[e] = warp_sum<kSplits>(weight * y[e]) * inverse;
+    const int row = (2 * mine.head + mine.split / 8) * kSlowDim + mine.split % 8 * 16 + first;
+    if (part < 2) put_word(a.words + f.out + row / 2 + part, part == 0 ? pack<T>(y[0], y[1]) : pack<T>(y[2], y[3]));
   }
 
   // A projection back into the residual stream.
@@ -218,7 +273,6 @@ struct FrameAttention : FrameProjections<T> {
     this->template project_residual<kSlices, false>(f, half, [&](Vec16(&x)[kSlices]) {
       const int vector = this->part_is_there(f) ? this->part_vector() : 0;
       const int column = (vector * kWidth + warp() * 64) * kSlices + this->part_column();
-      before_polls();
       waiting.take4s(a.words + f.in + column / 2, 32, x);
     });
   }

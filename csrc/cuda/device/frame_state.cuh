@@ -19,8 +19,9 @@ constexpr int kWidth = 1024;          // C of both stacks
 constexpr int kSplits = kBlocks / 8;  // parts of a slow head's positions
 constexpr int kSlowDim = 128, kFastDim = 64;  // D
 constexpr int kChunkStep = 16;                // a split's positions are a multiple of it
-constexpr int kNear = 160;                    // of them that shared memory holds: a multiple of 32
-constexpr int kPartWords = 2 * (kSlowDim + 2);
+constexpr int kNear = 128;                    // of them that shared memory holds at a time
+constexpr int kNearWarps = kNear / kChunkStep;
+constexpr int kPartWords = 2 * (16 + 2);     // of 16 elements, with total, top and tags
 constexpr int kFastQkvRows = 32 * kFastDim;  // 16 query, 8 key and 8 value heads
 constexpr int kPlaces = 12;                  // fast positions at most
 constexpr int kOwnRows = 8;                  // of the residual stream
@@ -52,7 +53,7 @@ struct PersistentFrameArgs {
   const Phase* phases;
   uint32* words;               // exchanged activations, kEmpty before the launch
   uint32* passes;              // [96, kBlocks, 8] of the main draw, kEmpty before the launch: more than draw() makes
-  uint32* parts;               // [kBlocks, kPartWords, 2] of the slow attention, with tags
+  uint32* parts;               // [kBlocks, kSplits, kPartWords] of the slow attention, by the block that reads them
   int* abandoned;              // [1], zero before the launch
   uint32* turn;                // [1], counts frames, for the tags
   const int* tokens;           // [N+1]
@@ -105,6 +106,18 @@ __device__ __forceinline__ void sync_samplers() {
   asm volatile("barrier.sync 2, %0;" ::"n"(kSamplerThreads) : "memory");
 }
 
+// The warps that attend leave the past's keys and values to the one that copies the next; and meet among themselves.
+__device__ __forceinline__ void leave_past(int warps) {
+  asm volatile("barrier.arrive 3, %0;" ::"r"(warps * 32 + 32) : "memory");
+}
+__device__ __forceinline__ void sync_past(int warps) {
+  asm volatile("barrier.sync 3, %0;" ::"r"(warps * 32 + 32) : "memory");
+}
+__device__ __forceinline__ void sync_attending(int warps) {
+  if (S1_RACECHECK) __syncwarp();
+  asm volatile("barrier.sync 4, %0;" ::"r"(warps * 32) : "memory");
+}
+
 __device__ __forceinline__ int64 nanoseconds() {
   int64 t;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
@@ -123,13 +136,14 @@ struct Shared {
     T cache[4][2][10][8][kFastDim];  // the fast stack's keys and values
     struct {
       float value[kMostLogits], gumbel[kMostLogits];
-    } logits;                    // of the main draw, before the fast stack begins
-    T past[2][kNear][kSlowDim];  // keys and values of a slow layer, before the main draw
+    } logits;  // of the main draw, before the fast stack begins
+    struct {
+      uint32 past[2][(kNear + 1) * kSlowDim / 2 + 32];  // keys and values of a layer
+      T query[kNearWarps][2][kSlowDim + 8];
+      float merged[kNearWarps][2][kSlowDim + 2];
+    } slow;  // attention's of a warp, before the main draw
   };
-  float partial[2][kWorkers][2][48];     // a warp's part of a phase's results, by vector
-  float merged[kWorkers][kSlowDim + 2];  // slow attention, of a warp
-  float query[2][kSlowDim];
-  T fresh[2][kSlowDim];
+  float partial[2][kWorkers][2][48];  // a warp's part of a phase's results, by vector
   T angles[kPlaces][kFastDim];
   float squares[2][2][kWorkers];  // of x, by vector and warp
   float own[2][kOwnRows];         // this block's rows of the residual stream, by vector
@@ -138,7 +152,7 @@ struct Shared {
   uint32 hidden[kWidth / 2];      // the slow stack's result
   uint64 full[kSlots], empty[kSlots], past_full;
   Ahead slots[2 * kSamplerWarps];
-  Phase phases[8];  // this one, the next three, and those that some may still read
+  Phase phases[8];  // this one, the next four, and those that some may still read
   int code;         // of the last draw
   int position;     // of the frame
   uint32 turn;      // number of the frame

@@ -184,7 +184,7 @@ def launches(
     device = head.device
     phases = Phases(config, weights, head)
     exchanged = torch.empty(phases.words + PASSES * BLOCKS * 8, dtype=torch.int32, device=device)
-    parts = torch.zeros(BLOCKS * 2 * 130 * 2, dtype=torch.int32, device=device)
+    parts = torch.zeros(BLOCKS * 16 * 36, dtype=torch.int32, device=device)
     state = torch.zeros(2, dtype=torch.int32, device=device)
 
     def addresses(tensors: list[tuple[Tensor | None, Tensor | None]]) -> Tensor:
