@@ -294,11 +294,12 @@ struct FrameAttention : FrameProjections<T> {
   // This lane's part of the result for this warp's query head, of up to kTiles * 8 positions. The warp takes the query
   // and the key and value that it shares with the next warp into s.heads. There and in s.cache, word j of a vector's
   // 16-byte piece i is word i % 4 of piece i / 4 * 4 + j, so that the result is an operand of the projection as it is;
-  // and piece i lies where piece i ^ position % 8 would, so that eight positions are read without bank conflicts.
-  // Operand rows g and g + 8 of all products belong to the vector and the columns that lane 4g has of the result.
-  // Scores: rows g have the even pieces of the query, rows g + 8 the odd ones. Values: rows g have the high part of the
-  // weights, rows g + 8 the low part; half of the inner indices are for the first 32 columns and half for the others,
-  // with zeros for those that are not the row's.
+  // and piece i lies where piece i ^ position % 8 ^ n would, where n is 0 for queries, 1 for keys, 2 for values: no
+  // bank conflicts among eight positions that are read, nor among the three vectors that are written. Operand rows g
+  // and g + 8 of all products belong to the vector and the columns that lane 4g has of the result. Scores: rows g have
+  // the even pieces of the query, rows g + 8 the odd ones. Values: rows g have the high part of the weights, rows g + 8
+  // the low part; half of the inner indices are for the first 32 columns and half for the others, with zeros for those
+  // that are not the row's.
   template <int kVectors, int kTiles>
   __device__ __forceinline__ Vec16 fast_attention(const Phase& f) {
     const float scale = rsqrtf(static_cast<float>(kFastDim)) * kLog2e;
@@ -314,18 +315,18 @@ struct FrameAttention : FrameProjections<T> {
       const bool fresh = place >= position;
       const uint32 key = fresh ? heads + (place - position) * sizeof(s.heads[0][0]) + sizeof(s.heads[0][0][0])
                                : kept + place * sizeof(s.cache[0][0][0]);
-      key_at[i] = key + ((matrix % 2 * 2 + matrix / 2) ^ place % 8) * 16;
+      key_at[i] = key + ((matrix % 2 * 2 + matrix / 2) ^ place % 8 ^ 1) * 16;
       value_at[i] = key + (fresh ? sizeof(s.heads[0][0][0]) : sizeof(s.cache[0][0])) +
-                    ((matrix % 2 * 4 + matrix / 2) ^ place % 8) * 16;
+                    ((matrix % 2 * 4 + matrix / 2) ^ place % 8 ^ 2) * 16;
     }
     Vec16 x[kVectors];
     const uint32 kind = min(matrix, 2u), head = kind == 0 ? h : 8 + 8 * kind + h / 2;  // the last eight lanes repeat
-    const uint32 to = heads + min(row / 2, 2u) * sizeof(s.heads[0][0][0]), piece = row % 2 * 4 + matrix;
+    const uint32 to = min(row / 2, 2u), piece = (row % 2 * 4 + matrix) ^ to;
     waiting.take4s(a.words + f.in + head * (kFastDim / 2) + row * 4, kFastQkvRows / 2, x);
     __syncwarp();
 #pragma unroll
     for (int r = 0; r < kVectors; ++r)
-      store_matrices(to + r * sizeof(s.heads[0][0]) + (piece ^ (position + r) % 8) * 16, x[r]);
+      store_matrices(shared_address(s.heads[h][r][to]) + (piece ^ (position + r) % 8) * 16, x[r]);
     __syncwarp();
     const Vec16 query[2] = {load_matrices(query_at), load_matrices(query_at ^ 64)};
     Vec16 key[kTiles][2], value[kTiles][2];
