@@ -48,7 +48,8 @@ struct FrameProjections {
     const uint64 from =
         (f.second && u / 2 % 2 ? f.second : f.weight) + static_cast<int64>(first_row(f)) * row_bytes + at;
     barrier_expect(s.full + slot, bytes);
-    if (bytes > 0) bulk_copy(s.ring + slot * kUnitBytes, reinterpret_cast<const void*>(from), bytes, s.full + slot);
+    if (bytes > 0)
+      bulk_copy_once(s.ring + slot * kUnitBytes, reinterpret_cast<const void*>(from), bytes, s.full + slot);
   }
 
   __device__ __forceinline__ int lane() const { return static_cast<int>(static_cast<uint32>(thread) % 32); }

@@ -35,6 +35,16 @@ __device__ __forceinline__ bool barrier_done(uint64* b, uint32 parity) {
                : "memory");
   return done != 0;
 }
+// Of what is read once a frame: L2 gives it up first, and keeps code, state and what small weights there are.
+__device__ __forceinline__ void bulk_copy_once(void* to, const void* from, int bytes, uint64* b) {
+  uint64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy)
+      : "memory");
+}
 __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, uint64* b) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(to)),
@@ -50,6 +60,7 @@ __device__ __forceinline__ void barrier_expect(uint64*, int) {}
 __device__ __forceinline__ void barrier_arrive(uint64*) {}
 __device__ __forceinline__ bool barrier_done(uint64*, uint32) { return true; }
 __device__ __forceinline__ void bulk_copy(void*, const void*, int, uint64*) {}
+__device__ __forceinline__ void bulk_copy_once(void*, const void*, int, uint64*) {}
 __device__ __forceinline__ void barriers_visible() {}
 #endif
 
