@@ -45,7 +45,6 @@ struct PersistentFrame : FrameDraws<T> {
       copies_done();  // of phase p + 3, which a barrier of this one or the next two shows to all
       fetch_phase(p + 4);
       if (a.times && this->thread == 0 && this->block() == 0) a.times[p] = nanoseconds();
-      this->begun = static_cast<uint32>(clock64());
       switch (f.kind) {
         case kQkv:
           this->template qkv<4>(f, half);
@@ -123,7 +122,7 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
     if (lane_id() < kCopyLanes) PersistentFrame<T>::stream(a, s);
     return;
   }
-  PersistentFrame<T> frame{{{{a, s, {a.abandoned, false}, 0, 0}}}};
+  PersistentFrame<T> frame{{{{a, s, {a.abandoned, false}, 0}}}};
   frame.run();
 #endif
 }

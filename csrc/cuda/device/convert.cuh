@@ -80,4 +80,13 @@ __device__ __forceinline__ uint32 pack<float16>(float low, float high) {
 }
 #endif
 
+// a * b + c of two bfloat16 each, rounded once.
+__device__ __forceinline__ uint32 fma_pair(uint32 a, uint32 b, uint32 c) {
+  uint32 y = 0;
+#if S1_ARCH >= 800
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+#endif
+  return y;
+}
+
 }  // namespace s1

@@ -36,7 +36,7 @@ struct FrameDraws : FrameAttention<T> {
     constexpr int kRows = 2 * kTileRows, kUnits = kRows / kUnitRows;
     const int first = first_row(f), count = rows_here(f);
     prepare_rows(first, count);
-    const Vec16 x = this->normed_operand(f, half);
+    const Vec16 x = this->normed_operand(f, half, this->norm_weights(f));
     RingCursor<kSlots> at{f.slot, f.parity};
     for (int step = 0; step * kRows < f.share; ++step, at.advance(kUnits)) {
       const int to = step % 2 * kRows;

@@ -18,7 +18,6 @@ struct FrameProjections {
   const PersistentFrameArgs& a;
   Shared<T>& s;
   Waiting waiting;
-  uint32 begun;  // clock at the phase's start
   int thread;    // threadIdx.x
 
   // The first kCopyLanes lanes of the warp that streams the weights. They go in step, a unit each, so that none is a
@@ -156,10 +155,11 @@ struct FrameProjections {
     constexpr int kStep = kTileRows * kRowBytes, kEarly = kTiles < kEarlyTiles ? kTiles : kEarlyTiles;
     const RingCursor<kSlots> at{f.slot, f.parity};
     Held<kEarly> early;
+    const Vec16 weights = norm_weights(f);
     await(at, 2 * kEarly);
     early.load(*this, at.slot, tile_row(), kStep);
     release(at, 2 * kEarly);
-    const Vec16 x = normed_operand(f, half);
+    const Vec16 x = normed_operand(f, half, weights);
     read_thread();
     multiply_tiles(early, x, f.vectors, half, 0);
     if constexpr (kEarly < kTiles) {
@@ -216,9 +216,9 @@ struct FrameProjections {
   __device__ __forceinline__ float scale_of(int half, int vector) const {
     float square[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int w = 0; w < kWorkers; w += 4) {
+    for (int w = 0; w < 2 * kWorkers; w += 4) {
       const float4 q = *reinterpret_cast<const float4*>(s.squares[half][vector] + w);
-      square[w / 4] = (q.x + q.y) + (q.z + q.w);
+      square[w / 4 % 4] += (q.x + q.y) + (q.z + q.w);
     }
     return rsqrtf(((square[0] + square[1]) + (square[2] + square[3])) * (1.0f / kWidth) + a.eps);
   }
@@ -261,47 +261,52 @@ struct FrameProjections {
     return *reinterpret_cast<const uint2*>(static_cast<const T*>(rows) + (static_cast<int64>(row) * kWidth + column));
   }
 
-  // Lets the time pass in which other blocks' words cannot have come.
-  __device__ __forceinline__ void before_polls() const {
-    while (static_cast<uint32>(clock64()) - begun < kPollDelay) {
-    }
+  // This lane's norm weights, for this warp's 64 columns.
+  __device__ __forceinline__ Vec16 norm_weights(const Phase& f) const {
+    return load_vec(reinterpret_cast<const T*>(f.norm_weight) + (warp() * 64 + part_column()));
   }
-
-  // This lane's part of x * norm_weight, for this warp's 64 columns.
-  __device__ __forceinline__ Vec16 normed_operand(const Phase& f, int half) {
+  // This lane's part of x * norm_weight.
+  __device__ __forceinline__ Vec16 normed_operand(const Phase& f, int half, const Vec16& weights) {
     const int vector = part_is_there(f) ? part_vector() : 0, column = warp() * 64 + part_column();
-    const Vec16 weights = load_vec(reinterpret_cast<const T*>(f.norm_weight) + column);
-    Vec16 x;
+    Vec16 x, part;
     if (f.source == kWords) {
-      before_polls();
       x = waiting.take4(a.words + f.in + (vector * kWidth + column) / 2);
     } else {
       x = load_vec(s.begin[vector] + column / 2);
     }
     if (f.kind == kHead && lane() < 8) store_vec(s.hidden + column / 2, x);
-    float square = 0.0f, scale = 1.0f;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 v = unpack<T>(x.word[i]);
-      square += v.x * v.x + v.y * v.y;
-    }
-    square = warp_sum<8>(square);
-    if (lane() % 16 == 0 && part_is_there(f)) s.squares[half][vector][warp()] = square;
+    for (int i = 0; i < 4; ++i) x.word[i] = part_is_there(f) ? x.word[i] : 0u;
+    put_squares(half, x);
     if constexpr (kScaleBeforeRounding<T>) {
       sync_workers();
-      scale = scale_of(half, vector);
-    }
-    Vec16 part{};
-    if (!part_is_there(f)) return part;
+      const float scale = scale_of(half, vector);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 v = unpack<T>(x.word[i]), n = unpack<T>(weights.word[i]);
-      const float2 y = {v.x * n.x * scale, v.y * n.y * scale};
-      const uint32 high = pack<T>(y.x, y.y);
-      const float2 h = unpack<T>(high);
-      part.word[i] = part_is_low() ? pack<T>(y.x - h.x, y.y - h.y) : high;
+      for (int i = 0; i < 4; ++i) {
+        const float2 v = unpack<T>(x.word[i]), n = unpack<T>(weights.word[i]);
+        const float2 y = {v.x * n.x * scale, v.y * n.y * scale};
+        part.word[i] = pack<T>(y.x, y.y);
+        const float2 h = unpack<T>(part.word[i]);
+        if (part_is_low()) part.word[i] = pack<T>(y.x - h.x, y.y - h.y);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // a product of two bfloat16 is a sum of two, exactly
+        constexpr uint32 kMinusZeros = 0x80008000u;
+        part.word[i] = fma_pair(x.word[i], weights.word[i], kMinusZeros);
+        if (part_is_low()) part.word[i] = fma_pair(x.word[i], weights.word[i], part.word[i] ^ kMinusZeros);
+      }
     }
     return part;
+  }
+  // Leaves the sums of squares of this warp's columns, on tensor cores: row and column g of x times itself.
+  __device__ __forceinline__ void put_squares(int half, const Vec16& x) {
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    Mma<T>::add(sum, x.word[0], 0u, x.word[1], 0u, x.word[0], x.word[1]);
+    Mma<T>::add(sum, x.word[2], 0u, x.word[3], 0u, x.word[2], x.word[3]);
+    const int g = lane() / 4;
+    if (lane() % 4 == g / 2 && !part_is_low())
+      s.squares[half][part_vector()][2 * warp() + g % 2] = g % 2 ? sum[1] : sum[0];
   }
 
   // A warp for each vector has the results of a phase, a lane a row. The fast stack's queries and keys leave rotated.

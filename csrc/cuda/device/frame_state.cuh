@@ -14,7 +14,6 @@ constexpr int kWorkers = 16;                    // warps that compute
 constexpr int kSlots = 12;                      // units in the ring
 constexpr int kSayers = S1_RACECHECK ? 32 : 1;  // lanes of a warp that wait for a unit, and that give it back
 constexpr int kCopyLanes = 4;                   // that copy units
-constexpr int kPollDelay = 600;       // cycles before the first poll of a phase: one that misses costs a round trip
 constexpr int kWidth = 1024;          // C of both stacks
 constexpr int kSplits = kBlocks / 8;  // parts of a slow head's positions
 constexpr int kSlowDim = 128, kFastDim = 64;  // D
@@ -145,7 +144,7 @@ struct Shared {
   };
   float partial[2][kWorkers][2][48];  // a warp's part of a phase's results, by vector
   T angles[kPlaces][kFastDim];
-  float squares[2][2][kWorkers];  // of x, by vector and warp
+  __align__(16) float squares[2][2][2 * kWorkers];  // of x, by vector and half a warp's columns
   float own[2][kOwnRows];         // this block's rows of the residual stream, by vector
   float gumbel[1024];             // of the fast code that is drawn next
   uint32 begin[2][kWidth / 2];    // what a stack begins with, by vector
