@@ -12,9 +12,9 @@ from torch import Tensor
 
 from s1kernels.speech.codec import state as files
 from s1kernels.speech.codec.layers import Past
-from s1kernels.speech.codec.network import Decoder, Encoder, Quantizers, Settings
+from s1kernels.speech.codec.network import FRAMES, Decoder, Encoder, Quantizers, Settings
 from s1kernels.speech.codec.state import State, error
-from s1kernels.speech.codec.stream import FRAMES, Stream
+from s1kernels.speech.codec.stream import Stream
 
 
 class Codec:
@@ -94,9 +94,10 @@ class Codec:
         """
         samples = self._mono(audio, sample_rate)
         samples = torch.nn.functional.pad(samples, (0, -samples.shape[0] % self.frame_samples))
-        past, codes = Past(), []
+        past, codes = Past(self.device), []
         for part in samples.to(self.device, self.dtype).split(FRAMES * self.frame_samples):
-            codes.append(self.quantizers.codes(self.encoder(part[None, None], past)))
+            codes.append(self.quantizers.codes(self.encoder(part[:, None], past)))
+            past.turn.bitwise_xor_(1)
         return torch.cat(codes, dim=1)
 
     def stream(self, chunks: Sequence[int] = ()) -> Stream:
@@ -108,19 +109,22 @@ class Codec:
         """
         return Stream(self, chunks)
 
-    def check_codes(self, codes: Tensor) -> None:
-        """Raise unless `decode` can take the codes."""
+    def known(self, codes: Tensor) -> Tensor:
+        """The codes on the host. Raises unless `decode` can take them."""
         if not isinstance(codes, Tensor) or codes.dtype not in (torch.int32, torch.int64):
             got = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
             raise error("codes must be an int32 or int64 tensor", got, "convert them", TypeError)
         if codes.dim() != 2 or codes.shape[0] != self.codebooks or codes.shape[1] == 0:
             advice = "pass one row a codebook and one column a frame"
             raise error(f"codes must be [N={self.codebooks}, T >= 1]", list(codes.shape), advice)
-        least, most = (bound.tolist() for bound in codes.aminmax(dim=1))
-        for row, (low, high, size) in enumerate(zip(least, most, self.codebook_sizes, strict=True)):
+        here = codes.cpu()
+        values = here.numpy()
+        bounds = zip(values.min(axis=1).tolist(), values.max(axis=1).tolist(), self.codebook_sizes, strict=True)
+        for row, (low, high, size) in enumerate(bounds):
             if low < 0 or high >= size:
                 got = low if low < 0 else high
                 raise error(f"codes[{row}] must be in [0, {size})", got, "pass the codes without the text's row")
+        return here
 
     def _mono(self, audio: Tensor | np.ndarray, sample_rate: int) -> Tensor:
         if sample_rate != self.sample_rate:
