@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ class Codec:
         self.sample_rate, self.frame_samples = settings.sample_rate, self.decoder.frame_samples
         self.codebook_sizes, self.codebooks = self.quantizers.sizes, len(self.quantizers.sizes)
         self.device, self.dtype = state.device, state.dtype
+        self._lock = threading.Lock()  # of what `decode` shares between calls on a GPU
+        self._shared: tuple[Stream, torch.cuda.Event] | None = None
 
     @classmethod
     def from_checkpoint(
@@ -64,7 +67,8 @@ class Codec:
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
-        """The audio of codes.
+        """The audio of codes. On a GPU the first call with more than 32 frames captures a CUDA graph, which it replays,
+        and later calls do, one after another.
 
         Args:
             codes: [N, T] int32 or int64, T frames, on any device; left as they are.
@@ -75,6 +79,9 @@ class Codec:
         Numerics: convolutions and products in the codec's dtype, the vectors of the codes and the last tanh in float32.
         Source: fish_speech/models/dac/modded_dac.py, DAC.decode.
         """
+        codes = self.known(codes)
+        if self.device.type == "cuda" and (self._shared or codes.shape[1] > FRAMES):
+            return self._replayed(codes)
         return self.stream().push(codes)
 
     @torch.inference_mode()
@@ -125,6 +132,18 @@ class Codec:
                 got = low if low < 0 else high
                 raise error(f"codes[{row}] must be in [0, {size})", got, "pass the codes without the text's row")
         return here
+
+    def _replayed(self, codes: Tensor) -> Tensor:
+        """`decode` by a graph of FRAMES frames. The last ones are filled up: what comes later does not change them."""
+        here = torch.cuda.current_stream(self.device)
+        with self._lock:
+            self._shared = self._shared or (self.stream((FRAMES,)), torch.cuda.Event())
+            tape, done = self._shared
+            here.wait_event(done)  # of the call before, which may be in another stream
+            tape.reset()
+            audio = tape.push(torch.nn.functional.pad(codes, (0, -codes.shape[1] % FRAMES)))
+            done.record(here)
+        return audio[: codes.shape[1] * self.frame_samples]
 
     def _mono(self, audio: Tensor | np.ndarray, sample_rate: int) -> Tensor:
         if sample_rate != self.sample_rate:

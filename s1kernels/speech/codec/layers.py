@@ -183,7 +183,7 @@ class ConvNeXt:
         self.depthwise = weight[:, 0].T.float().contiguous()  # [taps, C]
         bias = state.take(f"{name}.dwconv.conv.bias", width).float()
         self.bias = F.pad(bias[None], (0, 0, 0, taps - 1))  # [taps, C], all of it in the first
-        self.norm = [state.take(f"{name}.norm.{part}", width).float() for part in ("weight", "bias")]
+        self.norm = state.take(f"{name}.norm.weight", width).float(), state.take(f"{name}.norm.bias", width).float()
         self.up = state.take(f"{name}.pwconv1.weight", None, width)
         hidden = self.up.shape[0]
         self.up_bias = state.take(f"{name}.pwconv1.bias", hidden)
@@ -194,7 +194,7 @@ class ConvNeXt:
         """Writes over x. The depthwise convolution and the norm are in float32."""
         windows = self.snake(x, past).view(-1, *self.depthwise.shape)
         y = torch.addcmul(self.bias, windows.float(), self.depthwise).sum(dim=1)
-        y = F.layer_norm(y, self.gamma.shape, *self.norm, eps=1e-6).to(x.dtype)
+        y = F.layer_norm(y, self.gamma.shape, *self.norm, 1e-6).to(x.dtype)
         y = F.linear(F.gelu(F.linear(y, self.up, self.up_bias)), self.down, self.down_bias)
         return x.addcmul_(y, self.gamma)
 

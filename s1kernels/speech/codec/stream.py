@@ -69,11 +69,11 @@ class Stream:
 
 
 class Given:
-    """What T frames depend on beside the past. All of it is in one piece of memory, so that one copy brings it to a GPU.
+    """What T frames depend on beside the past. All lies in one piece of memory, so that one copy brings it to a GPU.
 
     room: that memory, bytes; on the codec's device, or on the host, from where it can be copied in the background.
-    rows: [T, N] int32, the codes' rows in the quantizers' table. turn: as `Past` has it. place: where the frames are, for
-    the decoder's transformer.
+    rows: [T, N] int32, the codes' rows in the quantizers' table. turn: as `Past` has it. place: where the frames are,
+    for the decoder's transformer.
     """
 
     def __init__(self, codec: Codec, frames: int, room: Tensor | None = None, *, host: bool = False) -> None:
