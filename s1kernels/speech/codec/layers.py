@@ -11,6 +11,7 @@ Source: fish_speech/models/dac/modded_dac.py and rvq.py.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ class Past:
 
     def __init__(self, device: torch.device) -> None:
         self.turn = torch.zeros(1, dtype=torch.int32, device=device)
+        self._room = torch.empty(0)
         self._kept: dict[Hashable, Tensor] = {}
         self._seen: dict[Hashable, int] = {}
 
@@ -38,6 +40,14 @@ class Past:
         if key not in self._kept:
             self._kept[key] = like.new_zeros(shape)
         return self._kept[key]
+
+    def room(self, shape: tuple[int, int], like: Tensor) -> Tensor | None:
+        """Where windows may lie until the next call, on the CPU: its new memory costs more than what goes into it."""
+        if like.device.type != "cpu":
+            return None
+        if self._room.numel() < prod(shape) or self._room.dtype != like.dtype:
+            self._room = like.new_empty(prod(shape))
+        return self._room[: prod(shape)].view(shape)
 
     def allocate(self, other: Past) -> None:
         """Keep all that `other` keeps, as zeros where it is new."""
@@ -74,9 +84,10 @@ class Snake:
         self.reach = (taps - 1) * dilation + 1 - stride
 
     def __call__(self, x: Tensor, past: Past) -> Tensor:
-        """[T, C] -> [T / stride, taps * C]; T is a multiple of the stride."""
+        """[T, C] -> [T / stride, taps * C], good until the next call; T is a multiple of the stride."""
         kept = past.keep(self, (2, self.reach, x.shape[1]), x)
-        return ops.snake(x, self.owed, self.alpha, kept, past.turn, self.taps, self.dilation, self.stride)
+        out = past.room((x.shape[0] // self.stride, self.taps * x.shape[1]), x)
+        return ops.snake(x, self.owed, self.alpha, kept, past.turn, self.taps, self.dilation, self.stride, out=out)
 
 
 class Conv:
@@ -193,7 +204,7 @@ class ConvNeXt:
     def __call__(self, x: Tensor, past: Past) -> Tensor:
         """Writes over x. The depthwise convolution and the norm are in float32."""
         windows = self.snake(x, past).view(-1, *self.depthwise.shape)
-        y = torch.addcmul(self.bias, windows.float(), self.depthwise).sum(dim=1)
+        y = torch.addcmul(self.bias, windows, self.depthwise).sum(dim=1)
         y = F.layer_norm(y, self.gamma.shape, *self.norm, 1e-6).to(x.dtype)
         y = F.linear(F.gelu(F.linear(y, self.up, self.up_bias)), self.down, self.down_bias)
         return x.addcmul_(y, self.gamma)

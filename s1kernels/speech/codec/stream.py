@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,8 +30,11 @@ class Stream:
         if not all(type(size) is int and 1 <= size <= FRAMES for size in chunks):
             raise ValueError(f"codec: chunks must be from 1 to {FRAMES} frames, got {list(chunks)}; choose others")
         self._codec, self._past, self._frames, self._turn = codec, Past(codec.device), 0, 0
-        sizes = sorted(set(chunks)) if codec.device.type == "cuda" else []
-        self._graphs = {size: Graph(codec, size, self._past) for size in sizes}
+        self._graphs: dict[int, Graph] = {}
+        if codec.device.type == "cuda":
+            side, pool = torch.cuda.Stream(codec.device), torch.cuda.graph_pool_handle()
+            for size in sorted(set(chunks), reverse=True):
+                self._graphs[size] = Graph(codec, size, self._past, side, pool)
 
     @torch.inference_mode()
     def push(self, codes: Tensor) -> Tensor:
@@ -44,7 +47,8 @@ class Stream:
         Raises:
             ValueError, TypeError: as `Codec.decode`; the stream is as before.
         """
-        return torch.cat([self._decode(part) for part in self._codec.known(codes).split(FRAMES, dim=1)])
+        parts = [self._decode(part) for part in self._codec.known(codes).split(FRAMES, dim=1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @torch.inference_mode()
     def reset(self) -> None:
@@ -113,18 +117,21 @@ class Given:
 
 class Graph:
     """The decoder of so many frames as a CUDA graph. What goes in is copied to where the graph reads it; its past lies
-    where that of other chunks lies."""
+    where that of other chunks lies.
 
-    def __init__(self, codec: Codec, frames: int, past: Past) -> None:
+    side: where it is captured. pool: memory of graphs that do not run at once.
+    """
+
+    def __init__(self, codec: Codec, frames: int, past: Past, side: torch.cuda.Stream, pool: Any) -> None:
         self._given = Given(codec, frames)
         rehearsal = Past(codec.device)
         with torch.cuda.device(codec.device):
             decode(codec, self._given, rehearsal)  # compiles and loads the kernels
             past.allocate(rehearsal)
-            self._graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(codec.device)
+            self._graph = torch.cuda.CUDAGraph()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self._graph.capture_begin(capture_error_mode="thread_local")
+                self._graph.capture_begin(pool, capture_error_mode="thread_local")
                 try:
                     self._audio = decode(codec, self._given, past)
                 finally:
