@@ -114,9 +114,12 @@ void swiglu(const std::string& dtype, Address gate, Address up, Address out, int
   run(&Kernels::swiglu, {dtype_of(dtype), at(gate), at(up), at(out), rows, intermediate}, threads);
 }
 
-void snake(const std::string& dtype, Address x, Address alpha, Address out, int rows, int channels, int length,
-           int threads) {
-  run(&Kernels::snake, {dtype_of(dtype), at(x), at(alpha), at(out), rows, channels, length}, threads);
+void snake(const std::string& dtype, Address x, Address bias, Address alpha, Address past_cache, Address turn,
+           Address out, int steps, int channels, int reach, int taps, int dilation, int stride, int threads) {
+  run(&Kernels::snake,
+      {dtype_of(dtype), at(x), at(bias), at(alpha), at(past_cache), at<Int32>(turn), at(out), steps, channels, reach,
+       taps, dilation, stride},
+      threads);
 }
 
 void sample_token(Address logits, Address noise, Address ras_noise, Address window, Address ids, Address out, int rows,

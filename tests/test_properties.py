@@ -56,6 +56,16 @@ def frames(draw):
     return sizes | flags | dict(V=V, start=draw(size(9, low=0)), ras=ras, line="2.0" if ras else "s1")
 
 
+@st.composite
+def windows(draw):
+    """Sizes of a signal of whole strides, of which a step or more is kept."""
+    taps, dilation = draw(size(6, low=2)), draw(size(5))
+    stride = draw(size((taps - 1) * dilation))
+    flags = {name: draw(st.booleans()) for name in ("bias", "alpha")}
+    rest = dict(T=stride * draw(size(20)), C=draw(size()), turn=draw(size(3, low=0)))
+    return flags | rest | dict(taps=taps, dilation=dilation, stride=stride, scale=draw(st.sampled_from([1.0, 300.0])))
+
+
 SIZES = {
     "attention_decode": heads(),
     "decode_frame": frames(),
@@ -77,7 +87,7 @@ SIZES = {
             penalty=st.floats(0.5, 2, width=32), spread=st.sampled_from([0.02, 1, 9]),
         )
     ),
-    "snake": st.fixed_dictionaries(dict(B=size(3), C=size(9), T=size(), scale=st.sampled_from([1.0, 300.0]))),
+    "snake": windows(),
     "swiglu": st.fixed_dictionaries(dict(B=size(9), F=size())),
 }  # fmt: skip
 
@@ -150,7 +160,7 @@ FREE = {
     "rms_norm_qkv": {("x", 0)},
     "rms_norm_swiglu": {("x", 0)},
     "sample_token": {("window", 1)},
-    "snake": {("x", 0), ("x", 2)},
+    "snake": {("x", 0)},
     "swiglu": set(),
 }
 """Dimensions that no other argument of the case shares, so that they may be of any size."""

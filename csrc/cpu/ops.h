@@ -145,10 +145,13 @@ struct Swiglu {
 
 struct Snake {
   DType dtype;
-  const void* x;      // [B, C, T]
-  const void* alpha;  // [C]
-  void* out;          // [B, C, T]
-  int rows, channels, length;
+  const void* x;             // [T, C]
+  const void* bias;          // [C] or null
+  const void* alpha;         // [C] or null
+  void* past_cache;          // [2, P, C]
+  const std::int32_t* turn;  // [1]
+  void* out;                 // [T / stride, taps * C]
+  int steps, channels, reach, taps, dilation, stride;
 };
 
 struct SampleToken {

@@ -1,23 +1,34 @@
-// snake: out = x + sin(alpha x)^2 / (alpha + 1e-9), element by element.
+// snake: out[i, k] = a[i * stride + k * dilation], where a is past_cache[turn] and, behind it, y + sin(alpha y)^2 /
+// (alpha + 1e-9) of y = x + bias; past_cache[1 - turn] = the last P steps of a. What follows is one matrix product.
 //
-//   x, out [B, C, T]: T, contiguous; alpha [C].
-// Grid/block: blocks of 256 threads, ceil(T / (256 * elements in 16 bytes)) of them to a row of T samples, row by row;
-//   a thread owns 16 bytes.
-// Memory: 2*B*C*T values, bound by it.
+//   x [T, C]; bias, alpha [C] or null; past_cache [2, P, C], P = (taps - 1) * dilation + 1 - stride;
+//   out [T / stride, taps * C]: T, contiguous. turn [1] int32, of which the lowest bit counts.
+// Grid/block: blocks of 256 threads; a thread owns a pack, 16 bytes, of one of the P + T steps of a. Steps of fewer
+//   than 256 packs share a block, as many as fit; in one of more, a thread goes on 256 packs farther.
+// Memory: x and a half of past_cache once, T * C * taps / stride values and the other half written; bound by it.
+// Order: no block reads what another one writes: the halves of past_cache change places from call to call, by a number
+//   in device memory, so that a CUDA graph replays it.
 // Numerics: float32, one rounding. The sine's square has the period pi: the angle is reduced to [-pi/2, pi/2] in three
-//   steps. An angle so large that it cannot be leaves a square between 0 and 1, which x then outweighs.
-// Requires: nothing; 16-byte accesses where the pointers and T allow them, else one element at a time.
+//   steps. An angle so large that it cannot be leaves a square between 0 and 1, which y then outweighs.
+// Requires: nothing; packs of 16 bytes where the pointers and C allow them, else of one element.
 #include "device/pack.cuh"
 
 namespace s1 {
 
 struct SnakeArgs {
-  const void* x;      // [B, C, T]
-  const void* alpha;  // [C]
-  void* out;          // [B, C, T]
+  const void* x;      // [T, C]
+  const void* bias;   // [C] or null
+  const void* alpha;  // [C] or null
+  void* past_cache;   // [2, P, C]
+  const int* turn;    // [1]
+  void* out;          // [T / stride, taps * C]
+  int steps;          // T
   int channels;       // C
-  int length;         // T
-  int row_blocks;     // blocks to a row
+  int reach;          // P
+  int taps;
+  int dilation;
+  int stride;
+  int packs;  // of a step: of 16 bytes each, or of one element where 16-byte accesses do not fit
 };
 
 constexpr int kSnakeThreads = 256;
@@ -38,32 +49,68 @@ __device__ __forceinline__ float sin_squared(float x) {
   return sine * sine;
 }
 
+// Channels [c, c + kWidth) of a step of x, activated.
 template <class T, int kWidth>
-__device__ __forceinline__ void snake_elements(const T* x, T* out, float alpha, float inverse) {
-  float v[kWidth];
-  load_floats<T, kWidth>(x, v);
+__device__ __forceinline__ void activate(const SnakeArgs& a, int step, int c, float (&v)[kWidth]) {
+  load_floats<T, kWidth>(static_cast<const T*>(a.x) + static_cast<int64>(step) * a.channels + c, v);
+  if (a.bias) {
+    float bias[kWidth];
+    load_floats<T, kWidth>(static_cast<const T*>(a.bias) + c, bias);
 #pragma unroll
-  for (int e = 0; e < kWidth; ++e) v[e] = fmaf(inverse, sin_squared(alpha * v[e]), v[e]);
-  store_floats<T, kWidth>(out, v);
+    for (int e = 0; e < kWidth; ++e) v[e] += bias[e];
+  }
+  if (a.alpha) {
+    float alpha[kWidth];
+    load_floats<T, kWidth>(static_cast<const T*>(a.alpha) + c, alpha);
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) v[e] = fmaf(1.0f / (alpha[e] + 1e-9f), sin_squared(alpha[e] * v[e]), v[e]);
+  }
+}
+
+// Channels [c, c + kWidth) of step `row` of a, to every window that has it and to what is kept.
+template <class T, int kWidth>
+__device__ __forceinline__ void place(const SnakeArgs& a, int half, int row, int c) {
+  const int64 kept = static_cast<int64>(a.reach) * a.channels;
+  T* past = static_cast<T*>(a.past_cache);
+  float v[kWidth];
+  if (row < a.reach) {
+    load_floats<T, kWidth>(past + half * kept + static_cast<int64>(row) * a.channels + c, v);
+  } else {
+    activate<T, kWidth>(a, row - a.reach, c, v);
+  }
+  const int windows = a.steps / a.stride;
+  T* out = static_cast<T*>(a.out) + c;
+  for (int k = 0, first = row; k < a.taps && first >= 0; ++k, first -= a.dilation) {
+    const int i = a.stride == 1 ? first : first / a.stride;
+    if (i < windows && i * a.stride == first) {
+      store_floats<T, kWidth>(out + (static_cast<int64>(i) * a.taps + k) * a.channels, v);
+    }
+  }
+  if (row >= a.steps) {
+    store_floats<T, kWidth>(past + (1 - half) * kept + static_cast<int64>(row - a.steps) * a.channels + c, v);
+  }
+}
+
+template <class T, int kWidth>
+__device__ __forceinline__ void snake_rows(const SnakeArgs& a) {
+  const int together = max(1, kSnakeThreads / a.packs), thread = static_cast<int>(threadIdx.x);
+  const int in_block = a.packs < kSnakeThreads ? thread / a.packs : 0;
+  const int64 row = static_cast<int64>(blockIdx.x) * together + in_block;
+  if (in_block >= together || row >= static_cast<int64>(a.reach) + a.steps) return;
+  const int half = *a.turn & 1;
+  for (int pack = thread - in_block * a.packs; pack < a.packs; pack += kSnakeThreads) {
+    place<T, kWidth>(a, half, static_cast<int>(row), pack * kWidth);
+  }
 }
 
 template <class T>
 __device__ void snake(const SnakeArgs& a) {
   launch_next();
-  const int row = static_cast<int>(blockIdx.x) / a.row_blocks, thread = static_cast<int>(threadIdx.x);
-  const int64 first = static_cast<int64>(static_cast<int>(blockIdx.x) % a.row_blocks) * kSnakeThreads * kPack<T>;
-  const float alpha = to_float(static_cast<const T*>(a.alpha)[row % a.channels]), inverse = 1.0f / (alpha + 1e-9f);
-  const T* x = static_cast<const T*>(a.x) + static_cast<int64>(row) * a.length;
-  T* out = static_cast<T*>(a.out) + static_cast<int64>(row) * a.length;
   wait_for_inputs();
-  if (all_aligned(static_cast<int64>(a.length) * static_cast<int>(sizeof(T)), a.x, a.out)) {
-    const int64 at = first + thread * kPack<T>;
-    if (at < a.length) snake_elements<T, kPack<T>>(x + at, out + at, alpha, inverse);
+  if (a.packs == a.channels) {
+    snake_rows<T, 1>(a);
   } else {
-    for (int i = 0; i < kPack<T>; ++i) {
-      const int64 at = first + i * kSnakeThreads + thread;
-      if (at < a.length) snake_elements<T, 1>(x + at, out + at, alpha, inverse);
-    }
+    snake_rows<T, kPack<T>>(a);
   }
 }
 

@@ -122,8 +122,14 @@ def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> None:
 
 
 @implement("snake", backend="cpu", supports=_supports)
-def snake(x: Tensor, alpha: Tensor, out: Tensor) -> None:
-    _C.snake(_NAMES[x.dtype], _at(x), _at(alpha), _at(out), *x.shape, torch.get_num_threads())
+def snake(
+    x: Tensor, bias: Tensor | None, alpha: Tensor | None, past_cache: Tensor, turn: Tensor, taps: int, dilation: int,
+    stride: int, out: Tensor,
+) -> None:  # fmt: skip
+    _C.snake(
+        _NAMES[x.dtype], _at(x), _at(bias), _at(alpha), _at(past_cache), _at(turn), _at(out), *x.shape,
+        past_cache.shape[1], taps, dilation, stride, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 @implement("sample_token", backend="cpu", supports=_supports)

@@ -50,6 +50,20 @@ def _logits(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, out: tup
     out[1].copy_(normed)
 
 
+def _snake(
+    x: Tensor, bias: Tensor | None, alpha: Tensor | None, past_cache: Tensor, turn: Tensor, taps: int, dilation: int,
+    stride: int, out: Tensor,
+) -> None:  # fmt: skip
+    y = x if bias is None else x + bias
+    if alpha is not None:
+        y = y + torch.sin(alpha * y).square() / (alpha + 1e-9)
+    half = turn.long() & 1
+    a = torch.cat((past_cache.index_select(0, half)[0], y))
+    past_cache.index_copy_(0, 1 - half, a[None, x.shape[0] :])
+    windows = a.unfold(0, (taps - 1) * dilation + 1, stride)[..., ::dilation].transpose(1, 2)
+    out.view(windows.shape).copy_(windows)
+
+
 LIBRARY: dict[str, Callable[..., Any]] = {
     "attention_decode": _attention,
     "linear_residual": lambda x, w, bias, residual, out: out.copy_(
@@ -61,7 +75,7 @@ LIBRARY: dict[str, Callable[..., Any]] = {
     "rms_norm_swiglu": lambda x, norm, w1, w3, eps, out: out.copy_(
         F.silu(F.linear(_normed(x, norm, eps), w1)) * F.linear(_normed(x, norm, eps), w3)
     ),
-    "snake": lambda x, alpha, out: out.copy_(x + torch.sin(alpha[:, None] * x).square() / (alpha[:, None] + 1e-9)),
+    "snake": _snake,
     "swiglu": lambda gate, up, out: out.copy_(F.silu(gate) * up),
 }
 """The best calls of torch for an op; those that are missing have none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from s1kernels.speech.codec import state as files
 from s1kernels.speech.codec.layers import Past
-from s1kernels.speech.codec.network import Decoder, Encoder, Quantizers, Settings
+from s1kernels.speech.codec.network import FRAMES, Decoder, Encoder, Quantizers, Settings
 from s1kernels.speech.codec.state import State, error
-from s1kernels.speech.codec.stream import FRAMES, Stream
+from s1kernels.speech.codec.stream import Stream
 
 
 class Codec:
@@ -34,6 +35,8 @@ class Codec:
         self.sample_rate, self.frame_samples = settings.sample_rate, self.decoder.frame_samples
         self.codebook_sizes, self.codebooks = self.quantizers.sizes, len(self.quantizers.sizes)
         self.device, self.dtype = state.device, state.dtype
+        self._lock = threading.Lock()  # of what `decode` shares between calls on a GPU
+        self._shared: tuple[Stream, torch.cuda.Event] | None = None
 
     @classmethod
     def from_checkpoint(
@@ -64,7 +67,8 @@ class Codec:
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
-        """The audio of codes.
+        """The audio of codes. On a GPU the first call with more than 32 frames captures a CUDA graph, which it replays,
+        and later calls do, one after another.
 
         Args:
             codes: [N, T] int32 or int64, T frames, on any device; left as they are.
@@ -75,6 +79,9 @@ class Codec:
         Numerics: convolutions and products in the codec's dtype, the vectors of the codes and the last tanh in float32.
         Source: fish_speech/models/dac/modded_dac.py, DAC.decode.
         """
+        codes = self.known(codes)
+        if self.device.type == "cuda" and (self._shared or codes.shape[1] > FRAMES):
+            return self._replayed(codes)
         return self.stream().push(codes)
 
     @torch.inference_mode()
@@ -94,9 +101,10 @@ class Codec:
         """
         samples = self._mono(audio, sample_rate)
         samples = torch.nn.functional.pad(samples, (0, -samples.shape[0] % self.frame_samples))
-        past, codes = Past(), []
+        past, codes = Past(self.device), []
         for part in samples.to(self.device, self.dtype).split(FRAMES * self.frame_samples):
-            codes.append(self.quantizers.codes(self.encoder(part[None, None], past)))
+            codes.append(self.quantizers.codes(self.encoder(part[:, None], past)))
+            past.turn.bitwise_xor_(1)
         return torch.cat(codes, dim=1)
 
     def stream(self, chunks: Sequence[int] = ()) -> Stream:
@@ -108,19 +116,34 @@ class Codec:
         """
         return Stream(self, chunks)
 
-    def check_codes(self, codes: Tensor) -> None:
-        """Raise unless `decode` can take the codes."""
+    def known(self, codes: Tensor) -> Tensor:
+        """The codes on the host. Raises unless `decode` can take them."""
         if not isinstance(codes, Tensor) or codes.dtype not in (torch.int32, torch.int64):
             got = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
             raise error("codes must be an int32 or int64 tensor", got, "convert them", TypeError)
         if codes.dim() != 2 or codes.shape[0] != self.codebooks or codes.shape[1] == 0:
             advice = "pass one row a codebook and one column a frame"
             raise error(f"codes must be [N={self.codebooks}, T >= 1]", list(codes.shape), advice)
-        least, most = (bound.tolist() for bound in codes.aminmax(dim=1))
-        for row, (low, high, size) in enumerate(zip(least, most, self.codebook_sizes, strict=True)):
+        here = codes.cpu()
+        values = here.numpy()
+        bounds = zip(values.min(axis=1).tolist(), values.max(axis=1).tolist(), self.codebook_sizes, strict=True)
+        for row, (low, high, size) in enumerate(bounds):
             if low < 0 or high >= size:
                 got = low if low < 0 else high
                 raise error(f"codes[{row}] must be in [0, {size})", got, "pass the codes without the text's row")
+        return here
+
+    def _replayed(self, codes: Tensor) -> Tensor:
+        """`decode` by a graph of FRAMES frames. The last ones are filled up: what comes later does not change them."""
+        here = torch.cuda.current_stream(self.device)
+        with self._lock:
+            self._shared = self._shared or (self.stream((FRAMES,)), torch.cuda.Event())
+            tape, done = self._shared
+            here.wait_event(done)  # of the call before, which may be in another stream
+            tape.reset()
+            audio = tape.push(torch.nn.functional.pad(codes, (0, -codes.shape[1] % FRAMES)))
+            done.record(here)
+        return audio[: codes.shape[1] * self.frame_samples]
 
     def _mono(self, audio: Tensor | np.ndarray, sample_rate: int) -> Tensor:
         if sample_rate != self.sample_rate:

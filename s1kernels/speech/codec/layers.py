@@ -1,12 +1,18 @@
 """The codec's layers. All are causal: an output depends on inputs up to its own time, so that a layer that is given the
 last of its earlier inputs goes on where it stopped.
 
-Signals are [1, C, T], C channels of T steps. Source: fish_speech/models/dac/modded_dac.py and rvq.py.
+Signals are [T, C], T steps of C channels. A convolution is one matrix product: the op `snake` activates its input, lays
+out the steps that each output needs and keeps the last of them. It adds no bias: what it returns owes one, which
+whatever reads it next has to add. So residual units add to their input where it lies.
+
+Source: fish_speech/models/dac/modded_dac.py and rvq.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,24 +23,31 @@ from s1kernels.speech.codec.state import State
 
 
 class Past:
-    """What layers keep of their inputs from one call to the next. At first all is zero, as upstream pads."""
+    """What layers keep from one call to the next. At first all is zero, as upstream pads.
 
-    def __init__(self) -> None:
+    turn: [1] int32, whose lowest bit changes from call to call: `snake` reads one half of what is kept for it, and
+    writes the other.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.turn = torch.zeros(1, dtype=torch.int32, device=device)
+        self._room = torch.empty(0)
         self._kept: dict[Hashable, Tensor] = {}
         self._seen: dict[Hashable, int] = {}
 
-    def extend(self, key: Hashable, x: Tensor, count: int, dim: int = -1) -> Tensor:
-        """`x` behind the `count` steps that came before it along `dim`; what now comes last is kept."""
-        if count == 0:
-            return x
+    def keep(self, key: Hashable, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """The tensor of a key, of the dtype and device of `like`."""
         if key not in self._kept:
-            shape = list(x.shape)
-            shape[dim] = count
-            self._kept[key] = x.new_zeros(shape)
-        kept = self._kept[key]
-        joined = torch.cat((kept, x), dim)
-        kept.copy_(joined.narrow(dim, joined.shape[dim] - count, count))
-        return joined
+            self._kept[key] = like.new_zeros(shape)
+        return self._kept[key]
+
+    def room(self, shape: tuple[int, int], like: Tensor) -> Tensor | None:
+        """Where windows may lie until the next call, on the CPU: its new memory costs more than what goes into it."""
+        if like.device.type != "cpu":
+            return None
+        if self._room.numel() < prod(shape) or self._room.dtype != like.dtype:
+            self._room = like.new_empty(prod(shape))
+        return self._room[: prod(shape)].view(shape)
 
     def allocate(self, other: Past) -> None:
         """Keep all that `other` keeps, as zeros where it is new."""
@@ -44,8 +57,8 @@ class Past:
     def clear(self) -> None:
         """As at first; the tensors stay where they are."""
         self._seen.clear()
-        for kept in self._kept.values():
-            kept.zero_()
+        if self._kept:
+            torch._foreach_zero_(list(self._kept.values()))
 
     def advance(self, key: Hashable, steps: int) -> int:
         """The number of steps that came before these."""
@@ -59,77 +72,129 @@ class Past:
         return sum(kept.nbytes for kept in self._kept.values())
 
 
-class Conv:
-    """A convolution whose last tap is at the present."""
+class Snake:
+    """The activation of a signal that owes a bias, and the windows of the convolution behind it: the op `snake`."""
 
     def __init__(
-        self, state: State, name: str, out: int | None, width: int | None, taps: int | None, *, stride: int | None = 1,
-        dilation: int = 1, groups: int = 1,
-    ) -> None:  # fmt: skip
-        """stride None: half of the taps, as upstream's layers that reduce the rate have it."""
-        self.weight = state.weight(name, out, width, taps)
-        self.bias = state.take(f"{name}.bias", self.weight.shape[0])
-        self.stride = stride or self.weight.shape[2] // 2
-        self.dilation, self.groups = dilation, groups
-        self.reach = (self.weight.shape[2] - 1) * dilation + 1 - self.stride
+        self, alpha: Tensor | None, owed: Tensor | None, *, taps: int = 1, dilation: int = 1, stride: int = 1
+    ) -> None:
+        """alpha None: no activation. owed None: the signal owes nothing."""
+        self.alpha, self.owed = alpha, owed
+        self.taps, self.dilation, self.stride = taps, dilation, stride
+        self.reach = (taps - 1) * dilation + 1 - stride
 
     def __call__(self, x: Tensor, past: Past) -> Tensor:
-        """[1, C, T] -> [1, C', T / stride]; T is a multiple of the stride."""
-        if self.weight.shape[2] == 1:
-            return torch.addmm(self.bias[:, None], self.weight[..., 0], x[0])[None]
-        x = past.extend(self, x, self.reach)
-        return F.conv1d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        """[T, C] -> [T / stride, taps * C], good until the next call; T is a multiple of the stride."""
+        kept = past.keep(self, (2, self.reach, x.shape[1]), x)
+        out = past.room((x.shape[0] // self.stride, self.taps * x.shape[1]), x)
+        return ops.snake(x, self.owed, self.alpha, kept, past.turn, self.taps, self.dilation, self.stride, out=out)
+
+
+class Conv:
+    """A convolution whose last tap is at the present, behind an activation or none.
+
+    owes: the bias of what it returns.
+    """
+
+    def __init__(
+        self, state: State, name: str, out: int | None, width: int, taps: int | None, *, stride: int | None = 1,
+        dilation: int = 1, snake: str | None = None, owed: Tensor | None = None, at_once: int = 1,
+    ) -> None:  # fmt: skip
+        """stride None: half of the taps, as upstream's layers that reduce the rate have it. snake: the activation's
+        name. owed: the input's bias. at_once: outputs of a row of the product, for a convolution of few channels and
+        without dilation; the windows of all of them overlap."""
+        weight = state.weight(name, out, width, taps)
+        self.owes = state.take(f"{name}.bias", weight.shape[0])
+        alpha = state.take(f"{snake}.alpha", 1, width, 1).view(width) if snake else None
+        self.width, self.stride = weight.shape[0], stride or weight.shape[2] // 2
+        parts = [F.pad(weight, (i, at_once - 1 - i)).mT.flatten(1) for i in range(at_once)]
+        self.weight = torch.cat(parts)  # [at_once * C', taps * C]
+        seen = weight.shape[2] + at_once - 1
+        self.snake = Snake(alpha, owed, taps=seen, dilation=dilation, stride=self.stride * at_once)
+
+    def __call__(self, x: Tensor, past: Past) -> Tensor:
+        """[T, C] -> [T / stride, C']; T is a multiple of the stride, and of `at_once`."""
+        return F.linear(self.snake(x, past), self.weight).view(-1, self.width)
+
+    def add_to(self, x: Tensor, y: Tensor, past: Past) -> Tensor:
+        """x [T / stride, C'], where it lies, plus the convolution of y."""
+        return x.addmm_(self.snake(y, past), self.weight.T)
+
+
+class Downsample:
+    """A convolution of as many taps as its stride: its windows lie side by side."""
+
+    def __init__(self, state: State, name: str, width: int, stride: int) -> None:
+        self.weight = state.weight(name, width, width, stride).mT.flatten(1)
+        self.bias = state.take(f"{name}.bias", width)
+
+    def __call__(self, x: Tensor, past: Past) -> Tensor:
+        """[T, C] -> [T / stride, C]; T is a multiple of the stride."""
+        return F.linear(x.view(-1, self.weight.shape[1]), self.weight, self.bias)
 
 
 class Upsample:
-    """A transposed convolution of `stride` or twice as many taps: a step becomes `stride` steps. One matrix product:
-    what a step and, with twice the taps, the step before it give to each of the `stride` outputs."""
+    """A transposed convolution of as many taps as its stride: a step becomes `stride` steps."""
 
-    def __init__(self, state: State, name: str, width: int, out: int | None, *, reach: int) -> None:
-        """reach: earlier steps that a step's output needs, 0 or 1."""
-        weight = state.weight(name, width, out, None)
-        self.out, self.reach, self.stride = weight.shape[1], reach, weight.shape[2] // (reach + 1)
-        parts = [part.permute(1, 2, 0).flatten(0, 1) for part in weight.split(self.stride, dim=2)]
-        self.weight = torch.cat(parts, dim=1)  # [C' * stride, C * (reach + 1)], the present before the past
-        bias = state.take(f"{name}.bias", self.out)
-        self.bias = bias.repeat_interleave(self.stride)[:, None].contiguous()
+    def __init__(self, state: State, name: str, width: int) -> None:
+        weight = state.weight(name, width, width, None)
+        self.stride = weight.shape[2]
+        self.weight = weight.permute(2, 1, 0).flatten(0, 1)  # [stride * C, C]
+        self.bias = state.take(f"{name}.bias", width).repeat(self.stride)
 
     def __call__(self, x: Tensor, past: Past) -> Tensor:
-        """[1, C, T] -> [1, C', T * stride]."""
-        seen, steps = past.extend(self, x, self.reach)[0], x.shape[2]
-        if self.reach:
-            seen = torch.cat((seen[:, 1:], seen[:, :-1]))
-        y = torch.addmm(self.bias, self.weight, seen).view(self.out, self.stride, steps)
-        return y.mT.reshape(1, self.out, steps * self.stride)
+        """[T, C] -> [T * stride, C]."""
+        return F.linear(x, self.weight, self.bias).view(-1, x.shape[1])
 
 
-class Snake:
-    def __init__(self, state: State, name: str, width: int) -> None:
-        self.alpha = state.take(f"{name}.alpha", 1, width, 1).view(width)
+class Raise:
+    """A transposed convolution of twice as many taps as its stride, behind an activation: a step and the one before it
+    become `stride` steps.
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return ops.snake(x, self.alpha)
+    owes: the bias of what it returns.
+    """
+
+    def __init__(self, state: State, name: str, width: int, snake: str, owed: Tensor) -> None:
+        self.snake = Snake(state.take(f"{snake}.alpha", 1, width, 1).view(width), owed, taps=2)
+        weight = state.weight(name, width, None, None)
+        self.width, self.stride = weight.shape[1], weight.shape[2] // 2
+        present, before = (part.permute(2, 1, 0).flatten(0, 1) for part in weight.split(self.stride, dim=2))
+        self.weight = torch.cat((before, present), dim=1)  # [stride * C', 2 * C]
+        self.owes = state.take(f"{name}.bias", self.width)
+
+    def __call__(self, x: Tensor, past: Past) -> Tensor:
+        """[T, C] -> [T * stride, C']."""
+        return F.linear(self.snake(x, past), self.weight).view(-1, self.width)
 
 
 class ResidualUnit:
-    """x + conv1(snake(conv7(snake(x))))."""
+    """x + conv1(snake(conv7(snake(x)))).
 
-    def __init__(self, state: State, name: str, width: int, dilation: int) -> None:
-        self.first = Snake(state, f"{name}.block.0", width)
-        self.wide = Conv(state, f"{name}.block.1.conv", width, width, 7, dilation=dilation)
-        self.second = Snake(state, f"{name}.block.2", width)
-        self.narrow = Conv(state, f"{name}.block.3.conv", width, width, 1)
+    owes: the bias of what it returns.
+    """
+
+    def __init__(self, state: State, name: str, width: int, dilation: int, owed: Tensor) -> None:
+        wide, narrow = f"{name}.block.1.conv", f"{name}.block.3.conv"
+        self.wide = Conv(state, wide, width, width, 7, dilation=dilation, snake=f"{name}.block.0", owed=owed)
+        self.narrow = Conv(state, narrow, width, width, 1, snake=f"{name}.block.2", owed=self.wide.owes)
+        self.owes = owed + self.narrow.owes
 
     def __call__(self, x: Tensor, past: Past) -> Tensor:
-        return self.narrow(self.second(self.wide(self.first(x), past)), past).add_(x)
+        """Writes over x."""
+        return self.narrow.add_to(x, self.wide(x, past), past)
 
 
 class ConvNeXt:
     """x + gamma * mlp(layer_norm(depthwise(x)))."""
 
     def __init__(self, state: State, name: str, width: int) -> None:
-        self.depthwise = Conv(state, f"{name}.dwconv.conv", width, 1, 7, groups=width)
-        self.norm = state.take(f"{name}.norm.weight", width), state.take(f"{name}.norm.bias", width)
+        taps = 7
+        self.snake = Snake(None, None, taps=taps)
+        weight = state.weight(f"{name}.dwconv.conv", width, 1, taps)
+        self.depthwise = weight[:, 0].T.float().contiguous()  # [taps, C]
+        bias = state.take(f"{name}.dwconv.conv.bias", width).float()
+        self.bias = F.pad(bias[None], (0, 0, 0, taps - 1))  # [taps, C], all of it in the first
+        self.norm = state.take(f"{name}.norm.weight", width).float(), state.take(f"{name}.norm.bias", width).float()
         self.up = state.take(f"{name}.pwconv1.weight", None, width)
         hidden = self.up.shape[0]
         self.up_bias = state.take(f"{name}.pwconv1.bias", hidden)
@@ -137,9 +202,24 @@ class ConvNeXt:
         self.down_bias, self.gamma = state.take(f"{name}.pwconv2.bias", width), state.take(f"{name}.gamma", width)
 
     def __call__(self, x: Tensor, past: Past) -> Tensor:
-        y = F.layer_norm(self.depthwise(x, past).mT, self.gamma.shape, *self.norm, eps=1e-6)
+        """Writes over x. The depthwise convolution and the norm are in float32."""
+        windows = self.snake(x, past).view(-1, *self.depthwise.shape)
+        y = torch.addcmul(self.bias, windows, self.depthwise).sum(dim=1)
+        y = F.layer_norm(y, self.gamma.shape, *self.norm, 1e-6).to(x.dtype)
         y = F.linear(F.gelu(F.linear(y, self.up, self.up_bias)), self.down, self.down_bias)
-        return torch.addcmul(x, y.mT, self.gamma[:, None])
+        return x.addcmul_(y, self.gamma)
+
+
+class Place(NamedTuple):
+    """Where T steps are among the S that a transformer keeps: a step lies in the slot of its number modulo S.
+
+    slots: [T] int32. cos_sin: [S, D/2, 2], rotary angles, in the rows of these slots. mask: [T, S], what is added to a
+    step's scores: -infinity for slots that it does not see.
+    """
+
+    slots: Tensor
+    cos_sin: Tensor
+    mask: Tensor
 
 
 class Transformer:
@@ -147,63 +227,66 @@ class Transformer:
 
     Args:
         window: steps that a step sees, itself among them.
+        most: steps of a call at most.
         head_dim, rope_base, eps: as upstream's config has them.
     """
 
     def __init__(
-        self, state: State, name: str, width: int, *, window: int, head_dim: int, rope_base: float, eps: float
-    ) -> None:
-        self.window, self.head_dim, self.rope_base, self.eps = window, head_dim, rope_base, eps
+        self, state: State, name: str, width: int, *, window: int, most: int, head_dim: int, rope_base: float,
+        eps: float,
+    ) -> None:  # fmt: skip
+        self.window, self.head_dim, self.eps, self.dtype = window, head_dim, eps, state.dtype
+        self.rates = 1.0 / rope_base ** (torch.arange(0, head_dim, 2).float() / head_dim)
+        self.capacity = -(-(window - 1 + most) // 16) * 16  # a mask's rows are aligned as attention kernels want them
         self.blocks = [self._block(state, f"{name}.layers.{i}", width) for i in range(state.count(f"{name}.layers"))]
         self.norm = state.take(f"{name}.norm.weight", width)
 
     def _block(self, state: State, name: str, width: int) -> dict[str, Tensor]:
         attention, feed_forward = f"{name}.attention", f"{name}.feed_forward"
         block = {"wqkv": state.take(f"{attention}.wqkv.weight", None, width)}
+        inner = block["wqkv"].shape[0] // 3
         if block["wqkv"].shape[0] % (3 * self.head_dim):
             expected = f"{attention}.wqkv.weight must have a multiple of 3 * head_dim={3 * self.head_dim} rows"
             raise ValueError(f"codec: {expected}, got {block['wqkv'].shape[0]}; pass the Settings that fit")
-        block["wo"] = state.take(f"{attention}.wo.weight", width, block["wqkv"].shape[0] // 3)
-        block["w1"] = state.take(f"{feed_forward}.w1.weight", None, width)
-        block["w3"] = state.take(f"{feed_forward}.w3.weight", block["w1"].shape[0], width)
-        block["w2"] = state.take(f"{feed_forward}.w2.weight", width, block["w1"].shape[0])
+        w1 = state.take(f"{feed_forward}.w1.weight", None, width)
+        w3 = state.take(f"{feed_forward}.w3.weight", w1.shape[0], width)
+        block["w13"] = torch.stack((w1, w3))
         for norm in ("attention_norm", "ffn_norm"):
             block[norm] = state.take(f"{name}.{norm}.weight", width)
-        for scale in ("attention_layer_scale", "ffn_layer_scale"):
-            block[scale] = state.take(f"{name}.{scale}.gamma", width)
+        scaled = {"wo": (f"{attention}.wo", "attention", inner), "w2": (f"{feed_forward}.w2", "ffn", w1.shape[0])}
+        for key, (weight, part, of) in scaled.items():
+            wide = state.take(f"{weight}.weight", width, of, dtype=torch.float32)
+            gain = state.take(f"{name}.{part}_layer_scale.gamma", width, dtype=torch.float32)
+            block[key] = (gain[:, None] * wide).to(state.dtype)
         return block
 
-    def view(self, before: int, steps: int) -> tuple[Tensor, Tensor]:
-        """Where `steps` steps are that follow `before` earlier ones, on the CPU: cos_sin [T, D/2, 2], in bfloat16's
-        precision as upstream's table has it, but without its end; mask [T, window - 1 + T], what each step sees of the
-        steps kept and of these."""
-        rates = 1.0 / self.rope_base ** (torch.arange(0, self.head_dim, 2).float() / self.head_dim)
-        angles = torch.outer(torch.arange(before, before + steps), rates)
-        step, seen = torch.arange(steps)[:, None], torch.arange(self.window - 1 + steps)
-        mask = (seen >= step) & (seen < step + self.window) & (seen >= self.window - 1 - before)
-        return torch.stack((angles.cos(), angles.sin()), dim=-1).bfloat16().float(), mask
+    def place(self, before: int, steps: int) -> Place:
+        """Where `steps` steps are that follow `before` earlier ones, on the CPU. The angles are in bfloat16's precision
+        as upstream's table has them, but without its end."""
+        at = torch.arange(before, before + steps)
+        slots, end = at % self.capacity, before + steps - 1
+        angles = torch.outer(at, self.rates)
+        cos_sin = torch.zeros(self.capacity, len(self.rates), 2, dtype=self.dtype)
+        cos_sin[slots] = torch.stack((angles.cos(), angles.sin()), dim=-1).bfloat16().to(self.dtype)
+        held = end - (end - torch.arange(self.capacity)) % self.capacity  # the step in each slot
+        seen = (held >= 0) & (held <= at[:, None]) & (held > at[:, None] - self.window)
+        mask = torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, -torch.inf)
+        return Place(slots.int(), cos_sin, mask)
 
-    def __call__(self, x: Tensor, past: Past, view: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """[1, C, T] -> [1, C, T]. `view` None: the steps follow those that `past` has seen."""
-        steps, h = x.shape[2], x[0].T.contiguous()
-        view = view or self.view(past.advance(self, steps), steps)
-        cos_sin, mask = (part.to(x.device) for part in view)
+    def __call__(self, x: Tensor, past: Past, place: Place | None = None) -> Tensor:
+        """[T, C] -> [T, C]; writes over x. `place` None: the steps follow those that `past` has seen."""
+        steps = x.shape[0]
+        if place is None:
+            place = Place(*(part.to(x.device) for part in self.place(past.advance(self, steps), steps)))
+        slots, cos_sin, mask = place
         for i, block in enumerate(self.blocks):
-            qkv = F.linear(ops.rms_norm(h, block["attention_norm"], self.eps), block["wqkv"])
-            q, k, v = qkv.view(steps, 3, -1, self.head_dim).unbind(1)
-            k, v = (t.transpose(0, 1)[None] for t in (rotate(k, cos_sin), v))
-            k, v = (past.extend((self, i, n), t, self.window - 1, dim=2) for n, t in (("k", k), ("v", v)))
-            y = F.scaled_dot_product_attention(rotate(q, cos_sin).transpose(0, 1)[None], k, v, attn_mask=mask)
-            y = F.linear(y[0].transpose(0, 1).flatten(1), block["wo"])
-            h = torch.addcmul(h, y, block["attention_layer_scale"])
-            n = ops.rms_norm(h, block["ffn_norm"], self.eps)
-            y = F.linear(ops.swiglu(F.linear(n, block["w1"]), F.linear(n, block["w3"])), block["w2"])
-            h = torch.addcmul(h, y, block["ffn_layer_scale"])
-        return ops.rms_norm(h, self.norm, self.eps).T[None].contiguous()
-
-
-def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotary embedding of [T, H, D], neighbours forming a pair; in at least float32, rounded once."""
-    even, odd = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos_sin[:, None].unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+            qkv = F.linear(ops.rms_norm(x, block["attention_norm"], self.eps), block["wqkv"])
+            shape = 1, qkv.shape[1] // (3 * self.head_dim), self.capacity, self.head_dim
+            k, v = (past.keep((self, i, part), shape, x) for part in "kv")
+            q = ops.qk_norm_rotary_append(qkv, None, None, cos_sin, slots, k, v, self.eps)
+            y = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, attn_mask=mask)
+            x.addmm_(y[0].transpose(0, 1).flatten(1), block["wo"].T)
+            n = ops.rms_norm(x, block["ffn_norm"], self.eps)
+            gate, up = torch.bmm(n.expand(2, *n.shape), block["w13"].mT)
+            x.addmm_(ops.swiglu(gate, up), block["w2"].T)
+        return ops.rms_norm(x, self.norm, self.eps)
