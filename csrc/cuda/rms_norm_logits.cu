@@ -97,7 +97,7 @@ __device__ void rms_norm_logits_stream(const RmsNormLogitsArgs& a) {
   const int first = warp_id() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
   Head head{static_cast<const T*>(a.weight), a.dim, a.out_dim, ceil_div(a.dim, Head::kLoads * kSlice)};
   if (first < tiles) head.load(first, 0);
-  const Vec16 first_weights = first_norm_weights<T, kStreamWarps>(in.norm_weight, a.dim);
+  const Vec16 first_weights = first_norm_weights<T, kStreamWarps, 1>(in.norm_weight, a.dim);
   wait_for_inputs();
   for (int b0 = 0; b0 < a.rows; b0 += a.group) {
     const Staged<T> x{reinterpret_cast<T*>(shared), min(a.group, a.rows - b0), staged_stride(a.dim), true};
@@ -105,8 +105,8 @@ __device__ void rms_norm_logits_stream(const RmsNormLogitsArgs& a) {
       __syncthreads();  // the last vectors are done with
       if (first < tiles) head.load(first, 0);
     }
-    stage_normed<T, kStreamWarps>(x, in.x + b0 * in.x_stride, in.x_stride, in.norm_weight, first_weights, a.dim, a.eps,
-                                  squares);
+    stage_normed<T, kStreamWarps, 1>(x, in.x + b0 * in.x_stride, in.x_stride, in.norm_weight, first_weights, a.dim,
+                                     a.eps, squares);
     __syncthreads();
     for (int b = 0; b < x.count; ++b) put_normed<T>(a, b0 + b, norm_scale<kStreamWarps>(squares, b, a.dim, a.eps));
     const int vector = lane_id() / 4, pair = lane_id() % 4 * 2;
