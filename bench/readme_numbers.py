@@ -1,7 +1,8 @@
 """Writes README's numbers from bench/results: `python bench/readme_numbers.py`; with --check, fails if they differ.
 
 What stands between `<!-- KIND: FILE ... -->` and `<!-- end -->` is made of those files: frames (bench_frame.py), demos
-(`s1kernels demo --json`), ops (bench_ops.py), systems (`s1kernels bench`), speech (bench_speech.py).
+(`s1kernels demo --json`), ops (bench_ops.py on a CPU), kernels (bench_ops.py on a GPU), systems (`s1kernels bench`),
+speech (bench_speech.py).
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ NAMES = {
 NOISY = 0.2
 """Rounds that differ by more than so much of their median say little: the GPU's own time of replays counts then."""
 REPLAYED = "†"
+CONTENDERS = {"cuda": "CUDA", "triton": "Triton", "compiled": "`torch.compile`", "library": "torch's calls"}
+"""bench_ops.py's contenders on a GPU -> how a table calls them."""
 PROJECTIONS = ("linear_residual", "rms_norm_logits", "rms_norm_qkv", "rms_norm_swiglu")
 
 
@@ -133,6 +136,25 @@ def ops(result: dict[str, Any]) -> str:
     )
 
 
+def kernels(result: dict[str, Any]) -> str:
+    """Every op of bench_ops.py by every contender on a GPU: us, GB/s, and percent of the reads."""
+    rows: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in (bench["extra_info"] for bench in result["benchmarks"]):
+        rows.setdefault((row["op"], row["case"]), {})[row["contender"]] = row
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return "–"
+        rate, part = row["gigabytes_per_second"], row["percent_of_read_bandwidth"]
+        return f"{number(row['microseconds'])} · {rate:.0f} · {part:.0f} %"
+
+    lines = [
+        [f"{op}, {case.removeprefix('s1_').replace('_', ' ')}", *(cell(by.get(name)) for name in CONTENDERS)]
+        for (op, case), by in rows.items()
+    ]
+    return table(["µs · GB/s · of the reads", *CONTENDERS.values()], lines)
+
+
 def systems(result: dict[str, Any]) -> str:
     """Every system of `s1kernels bench`, at the first context that has a past."""
     context = next(n for n in sorted({row["context"] for row in result["frames"]}) if n)
@@ -162,7 +184,7 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, 128, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
-KINDS: dict[str, Callable[..., str]] = {f.__name__: f for f in (frames, demos, ops, systems, speech)}
+KINDS: dict[str, Callable[..., str]] = {f.__name__: f for f in (frames, demos, ops, kernels, systems, speech)}
 
 
 def fill(text: str) -> str:

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from s1kernels.cli import gpu
 
 AS_UPSTREAM = "reduce-overhead"
 """torch.compile's mode in upstream's init_model."""
@@ -23,6 +26,26 @@ def compiled(inference: Any, device: torch.device, mode: str | None = AS_UPSTREA
     )
 
 
+class NumbersStay(TorchFunctionMode):
+    """Numbers that upstream's step copies from the host, which no capture may, are on the device before: a tensor of
+    them is made once, and an element is filled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[str, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor:
+            key = repr((args, kwargs))
+            if key not in self._made:
+                self._made[key] = func(*args, **kwargs)
+            return self._made[key]
+        if func is Tensor.__setitem__ and isinstance(args[1], int) and isinstance(args[2], (bool, int, float)):
+            return args[0].select(0, args[1]).fill_(args[2])
+        return func(*args, **kwargs)
+
+
 class Captured:
     """Upstream's step as it is, captured as a CUDA graph at its first call."""
 
@@ -34,14 +57,21 @@ class Captured:
     def __call__(self, **given: Any) -> Tensor:
         if self._out is None:
             self._given = {key: value.clone() if isinstance(value, Tensor) else value for key, value in given.items()}
-            side = torch.cuda.Stream()
-            with torch.cuda.stream(side):
-                self._step(**self._given)  # compiles and loads what it needs
-            torch.cuda.synchronize()
-            with torch.cuda.graph(self._graph, stream=side):
-                self._out = self._step(**self._given)
+            self._out = self._capture()
         for key, value in given.items():
             if isinstance(value, Tensor):
                 self._given[key].copy_(value)
         self._graph.replay()
         return self._out
+
+    def _capture(self) -> Tensor:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with NumbersStay():
+            with torch.cuda.stream(side):
+                self._step(**self._given)  # compiles and loads what it needs
+                with gpu.never_waiting():
+                    self._step(**self._given)
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self._graph, stream=side):
+                return self._step(**self._given)

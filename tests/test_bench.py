@@ -171,3 +171,30 @@ def test_ops_that_are_wrong_are_not_timed(monkeypatch, ours):
         ops.gate(contender, "odd", torch.float32, torch.device("cpu"))
     honest = ops.Contender(op, "library", ops.LIBRARY["swiglu"], False)
     assert ops.gate(honest, "odd", torch.float32, torch.device("cpu")) < 1e-6
+
+
+def test_readme_has_a_gpus_ops_side_by_side(bench):
+    def row(contender, us):
+        rates = {"microseconds": us, "gigabytes_per_second": 12593.152 / us, "percent_of_read_bandwidth": 285.4 / us}
+        return {"extra_info": {"op": "rms_norm_swiglu", "case": "s1_fast_pair", "contender": contender, **rates}}
+
+    measured = [row("cuda", 8.3), row("library", 20.08), row("eager", 99.0)]
+    said = bench("readme_numbers").kernels({"benchmarks": measured})
+    assert said.splitlines()[2] == "| rms_norm_swiglu, fast pair | 8.30 · 1517 · 34 % | – | – | 20.1 · 627 · 14 % |"
+
+
+def test_numbers_of_upstreams_step_stay_on_the_device(bench):
+    with bench("upstream_step").NumbersStay():
+        one, other, x = torch.tensor([1], dtype=torch.long), torch.tensor([2]), torch.ones(2, 2)
+        assert torch.tensor([1], dtype=torch.long) is one and other.item() == 2
+        x[0] = 3
+        x[x < 2] = 0
+    assert x.tolist() == [[3, 3], [0, 0]]
+
+
+def test_compiled_contenders_are_plain_torch_calls(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+    for op, case in ops.cases():
+        if case in ("s1_fast_last", "s1_fast_pair", "s1_fast"):
+            contender = ops._compiled(op)
+            assert ops.gate(contender, case, torch.float32, torch.device("cpu")) < 1e-5

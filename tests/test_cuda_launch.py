@@ -177,8 +177,9 @@ def calls(request, fake_driver, tmp_path):
 
 def test_a_launch_passes_everything_to_the_driver(calls):
     code = 'kernel.bind(half, cuda, grid=(3, 2), cooperative=True, **values).enqueue(4096)\nprint("end", flush=True)'
-    loaded, launched, _ = calls(code)
+    loaded, preferred, launched, _ = calls(code)
     assert loaded == {"load": "ELF", "context": 1001}
+    assert preferred == {"attribute": [9, 100]}
     assert bytes.fromhex(launched.pop("args")) == struct.pack("<QQif", 1 << 40, 0, -5, 0.5)
     assert launched == {
         "grid": [3, 2, 1], "block": [256, 1, 1], "shared": 0, "stream": 4096, "function": 77, "context": 1001,
@@ -202,7 +203,9 @@ for shared in (1000, 60000, 60000, 50000, 70000): kernel.bind(half, cuda, grid=1
 attempt(lambda: kernel.bind(half, cuda, grid=1, shared=200000, **values))
 """
     said = calls(code)
-    assert [line["attribute"] for line in said if "attribute" in line] == [[8, 60000], [8, 70000], [8, 200000]]
+    assert [line["attribute"] for line in said if "attribute" in line] == [
+        [9, 100], [8, 60000], [8, 70000], [8, 200000],
+    ]  # fmt: skip
     assert [line["shared"] for line in said if "grid" in line] == [1000, 60000, 60000, 50000, 70000]
     assert "200000 bytes of shared memory, where a block has 100000 at most: FAKE_ERROR (a fake error)" in said[-1]
 

@@ -49,7 +49,7 @@ __device__ __forceinline__ void linear_residual_tile(const LinearResidualArgs& a
       __syncthreads();  // the last vectors are done with
       if (tiles.chunks() > 1) tiles.load(0);
     }
-    stage<T, kProjectWarps>(x, static_cast<const T*>(a.x) + static_cast<int64>(b0) * a.dim, a.dim);
+    stage<T, kProjectWarps, kLoads>(x, static_cast<const T*>(a.x) + static_cast<int64>(b0) * a.dim, a.dim);
     tiles.multiply_all(x);
     tiles.store(partial, x.count);
     __syncthreads();

@@ -2,13 +2,11 @@
 //
 //   x [B, C] (rows x_stride apart), norm_weight [C], weight [V, C]: T. logits [B, V] float32, rows logits_stride apart.
 //   normed [B, C] T, or null.
-// Grid/block: `tile`, for heads of a few thousand rows (the fast head, the rows that can be sampled): V/16 blocks of 4
-//   warps that share the columns of 16 rows, all weights under way before the block waits. `stream`, for the whole
-//   vocabulary: 2 blocks an SM, and each warp goes through tiles of 8 rows of its own, the next 4 KB under way while it
-//   multiplies the last; no barrier between tiles.
+// Grid/block of the tile kernel: V/16 blocks of 4 warps that share the columns of 16 rows; all of a block's weights are
+//   under way before it waits, and as many blocks are resident as keep memory busy.
 // Memory: V*C weights once, bound by it: 319 MB for S1-mini's 155,776 rows, 2.1 MB for its fast head.
 // Numerics: the logits come from the norm before it is rounded (see Staged); sums in float32, not rounded.
-// Requires (tile, stream): 16-bit T, C a multiple of 32, pointers aligned to 16 bytes. `plain` takes anything.
+// Requires (tile): 16-bit T, C a multiple of 32, pointers aligned to 16 bytes. The plain kernel takes anything.
 #include "device/project.cuh"
 
 namespace s1 {
@@ -67,72 +65,6 @@ __device__ void rms_norm_logits_tile(const RmsNormLogitsArgs& a) {
       });
 }
 
-constexpr int kStreamWarps = 8;
-
-// A warp's way through the head: tiles `first`, first + step, ..., each in steps of 8 slices (4 KB).
-template <class T>
-struct HeadStream {
-  static constexpr int kLoads = 8;
-  const T* weight;
-  int dim, rows, steps;  // steps in a tile
-  Vec16 ahead[kLoads];
-
-  __device__ __forceinline__ void load(int tile, int step) {
-    const int row = min(tile * kTileRows + lane_id() / 4, rows - 1);
-    const T* at = weight + static_cast<int64>(row) * dim + lane_id() % 4 * 8;
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i)
-      if ((step * kLoads + i) * kSlice < dim) ahead[i] = load_weight(at + (step * kLoads + i) * kSlice);
-  }
-};
-
-template <class T>
-__device__ void rms_norm_logits_stream(const RmsNormLogitsArgs& a) {
-  using Head = HeadStream<T>;
-  extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ float squares[kStreamWarps * kMaxVectors];
-  launch_next();
-  const NormedInput<T> in = rms_norm_logits_input<T>(a);
-  const int tiles = ceil_div(a.out_dim, kTileRows), stride = static_cast<int>(gridDim.x) * kStreamWarps;
-  const int first = warp_id() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
-  Head head{static_cast<const T*>(a.weight), a.dim, a.out_dim, ceil_div(a.dim, Head::kLoads * kSlice)};
-  if (first < tiles) head.load(first, 0);
-  const Vec16 first_weights = first_norm_weights<T, kStreamWarps>(in.norm_weight, a.dim);
-  wait_for_inputs();
-  for (int b0 = 0; b0 < a.rows; b0 += a.group) {
-    const Staged<T> x{reinterpret_cast<T*>(shared), min(a.group, a.rows - b0), staged_stride(a.dim), true};
-    if (b0 > 0) {
-      __syncthreads();  // the last vectors are done with
-      if (first < tiles) head.load(first, 0);
-    }
-    stage_normed<T, kStreamWarps>(x, in.x + b0 * in.x_stride, in.x_stride, in.norm_weight, first_weights, a.dim, a.eps,
-                                  squares);
-    __syncthreads();
-    for (int b = 0; b < x.count; ++b) put_normed<T>(a, b0 + b, norm_scale<kStreamWarps>(squares, b, a.dim, a.eps));
-    const int vector = lane_id() / 4, pair = lane_id() % 4 * 2;
-    const float scale = vector < x.count ? pending_scale<T, kStreamWarps>(squares, vector, a.dim, a.eps) : 0.0f;
-    for (int tile = first; tile < tiles; tile += stride) {
-      float sum[2][4] = {};
-      for (int step = 0; step < head.steps; ++step) {
-        Vec16 w[Head::kLoads];
-#pragma unroll
-        for (int i = 0; i < Head::kLoads; ++i) w[i] = head.ahead[i];
-        const bool last = step + 1 == head.steps;
-        if (!last || tile + stride < tiles) head.load(last ? tile + stride : tile, last ? 0 : step + 1);
-#pragma unroll
-        for (int i = 0; i < Head::kLoads; ++i) {
-          const int at = (step * Head::kLoads + i) * kSlice;
-          if (at >= a.dim) break;
-          add_slice<T>(sum, x, at, w[i]);
-        }
-      }
-      if (vector >= x.count) continue;
-      put_logit(a, b0 + vector, tile * kTileRows + pair, sum_of_chains(sum, 0) * scale);
-      put_logit(a, b0 + vector, tile * kTileRows + pair + 1, sum_of_chains(sum, 1) * scale);
-    }
-  }
-}
-
 // A warp an output row, 8 rows a block.
 template <class T>
 __device__ void rms_norm_logits_plain(const RmsNormLogitsArgs& a) {
@@ -144,7 +76,6 @@ __device__ void rms_norm_logits_plain(const RmsNormLogitsArgs& a) {
 }
 
 S1_KERNEL_HALVES(rms_norm_logits_tile, RmsNormLogitsArgs, 128, 4, rms_norm_logits_tile)
-S1_KERNEL_HALVES(rms_norm_logits_stream, RmsNormLogitsArgs, 256, 2, rms_norm_logits_stream)
 S1_KERNEL(rms_norm_logits_plain, RmsNormLogitsArgs, 256, 2, rms_norm_logits_plain)
 
 }  // namespace s1

@@ -13,7 +13,9 @@ from torch import Tensor
 from s1kernels import registry, testing
 from s1kernels.bench import timing
 from s1kernels.bench.timing import Refused, Wrong
+from s1kernels.cli import gpu
 from s1kernels.contract import Op, as_tuple
+from s1kernels.model import torch_ops
 
 ROTATED = {"cuda": 256 << 20, "cpu": 128 << 20}
 """Bytes that the arguments rotate over: more than any L2 cache, and than most last-level caches."""
@@ -25,12 +27,13 @@ LOOSER = 4
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to compute an op. `call` takes its arguments and `out`."""
+    """A way to compute an op. `call` takes its arguments, as `prepare` leaves them, and `out`."""
 
     op: Op
     name: str
     call: Callable[..., Any]
     ours: bool
+    prepare: Callable[[tuple], tuple] = tuple
 
 
 def _attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, out: Tensor) -> None:
@@ -81,21 +84,39 @@ LIBRARY: dict[str, Callable[..., Any]] = {
 """The best calls of torch for an op; those that are missing have none."""
 
 
+def _length_on_host(args: tuple) -> tuple:
+    """Arguments of attention_decode, whose caller knows the length."""
+    return (*args[:3], args[3].cpu())
+
+
+def _finite(args: tuple) -> tuple:
+    """Arguments whose caches hold numbers past what is used too; plain torch calls are for one sequence."""
+    if any(isinstance(t, Tensor) and t.dim() == 4 and t.shape[0] != 1 for t in args):
+        raise Refused("plain torch calls take one sequence")
+    return tuple(t.nan_to_num() if isinstance(t, Tensor) and t.is_floating_point() else t for t in args)
+
+
+def _compiled(op: Op) -> Contender:
+    """What torch.compile makes of the op in plain torch calls that do not look at the GPU from the host."""
+    plain = torch.compile(getattr(torch_ops, op.name, op.reference), dynamic=False, fullgraph=True)
+
+    def run(*args: Any) -> None:
+        for to, value in zip(as_tuple(args[-1]), as_tuple(plain(*args[:-1])), strict=True):
+            to.copy_(value)
+
+    return Contender(op, "compiled", run, False, _finite)
+
+
 def contenders(op: Op, device: str, compiled: bool = False) -> list[Contender]:
     """All that can compute an op on a device."""
     names = [name for name in op.impls if name != "reference" and _serves(name, device)]
     found = [Contender(op, name, op.impls[name].run, True) for name in names]
     found.append(Contender(op, "eager", op.impls["reference"].run, True))
     if op.name in LIBRARY:
-        found.append(Contender(op, "library", LIBRARY[op.name], False))
+        prepare = _length_on_host if op.name == "attention_decode" else tuple
+        found.append(Contender(op, "library", LIBRARY[op.name], False, prepare))
     if compiled:
-        reference = torch.compile(op.reference, dynamic=False)
-
-        def run(*args: Any) -> None:
-            for to, value in zip(as_tuple(args[-1]), as_tuple(reference(*args[:-1])), strict=True):
-                to.copy_(value)
-
-        found.append(Contender(op, "compiled", run, False))
+        found.append(_compiled(op))
     return found
 
 
@@ -125,7 +146,7 @@ def gate(contender: Contender, case: str, dtype: torch.dtype, device: torch.devi
     args, truth, _ = testing.expected(op.name, case, dtype, str(device), 0)
     given = testing.clone(args, offset=0)  # torch's own kernels fail off alignment
     out = op.empty(op.checked(*given))
-    contender.call(*given, out)
+    contender.call(*contender.prepare(given), out)
     worst = 0.0
     for value, right in zip(as_tuple(out), truth, strict=False):
         allowed = LOOSER * ((op.tolerance or {}).get(dtype) or testing.ONE_ROUNDING[dtype])
@@ -151,9 +172,7 @@ def rotate(contender: Contender, case: str, dtype: torch.dtype, device: torch.de
     args = op.inputs(testing.Make(dtype, str(device), offset=0), **op.cases[case])
     moved = op.bytes_moved(op.checked(*args))
     copies = rotation(op, args, moved, ROTATED[device.type])
-    if contender.name == "library" and op.name == "attention_decode":
-        copies = [(*given[:3], given[3].cpu(), *given[4:]) for given in copies]  # its caller knows the length
-    calls = [(contender.call, given) for given in copies]
+    calls = [(contender.call, (*contender.prepare(given[:-1]), given[-1])) for given in copies]
     if device.type != "cuda":
         return Rotation(repeat(calls), len(calls), moved)
     return Rotation(replay(calls), REPLAYS * len(calls), moved)
@@ -199,12 +218,14 @@ def repeat(calls: list[tuple[Callable[..., Any], tuple]]) -> Callable[[], None]:
 def replay(calls: list[tuple[Callable[..., Any], tuple]]) -> Callable[[], None]:
     """All calls as one CUDA graph, REPLAYS times in a row: the host's share of a launch does not count. Raises Refused
     if they look at the GPU from the host."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        repeat(calls[:2])()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
     try:
+        with torch.cuda.stream(stream):
+            repeat(calls[:1])()
+            with gpu.never_waiting():
+                repeat(calls[-1:])()
+        torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=stream):
             repeat(calls)()
     except RuntimeError as error:

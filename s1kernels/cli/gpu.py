@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +32,17 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def never_waiting() -> Iterator[None]:
+    """A torch call that waits for a GPU raises a RuntimeError here. So may what is about to be captured: a capture that
+    fails for it leaves torch's allocator, up to torch 2.11, unable to free memory or to capture again."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def free(device: torch.device) -> None:

@@ -4,14 +4,15 @@
 // first chunk) under way to shared memory before the block waits for its inputs. `plain_dot` takes any dtype, size and
 // alignment.
 //
-// Mapping of Tiles: a tile is 8 rows of W. In a warp, lane 4g + t loads 16 bytes (8 columns) of the tile's row g, so a
-// load covers a slice of 32 columns; the block's warps take slices in turn and add their sums up at the end. A lane
-// reads only weights that it has copied itself, and a warp only columns of x that it has staged itself, so that the one
-// barrier is that before the sums. The weights are the mma's 16 x 8 operand. The other one holds x: rows 0 to 7 are the
-// high parts of 8 vectors (x rounded to T), rows 8 to 15 what that left (x - high, rounded to T), so that a normalised
-// x keeps 16 bits or more. Why shared memory: held in registers, the weights left the next kernel's blocks no room on
-// the SM, and programmatic dependent launch gained nothing (S1-mini's frame on an H200: 1.65 ms with it, 1.71 without).
-// Numerics: products exact, sums in float32.
+// Mapping of Tiles: a tile is 8 rows of W. A warp has neighbouring slices of 32 columns of them, and copies them row by
+// row, 512 bytes in one load. It then reads them as the mma wants them, slice by slice: lane 4g + t has 16 bytes (8
+// columns) of the tile's row g. The warps add their sums up at the end. A warp reads only weights that it has copied
+// itself, and only columns of x that it has staged itself, so that the one barrier is that before the sums. The weights
+// are the mma's 16 x 8 operand. The other one holds x: rows 0 to 7 are the high parts of 8 vectors (x rounded to T),
+// rows 8 to 15 what that left (x - high, rounded to T), so that a normalised x keeps 16 bits or more. Why shared
+// memory: held in registers, the weights left the next kernel's blocks no room on the SM, and programmatic dependent
+// launch gained nothing (S1-mini's frame on an H200: 1.65 ms with it, 1.71 without). Numerics: products exact, sums in
+// float32.
 #pragma once
 
 #include "mma.cuh"
@@ -60,38 +61,52 @@ __device__ __forceinline__ float sum_of_chains(const float (&sum)[2][4], int c) 
   return (sum[0][c] + sum[1][c]) + (sum[0][2 + c] + sum[1][2 + c]);
 }
 
+// Which slices are a warp's: of every chunk of kWarps * kLoads slices, kLoads in a row.
+template <int kWarps, int kLoads>
+__device__ __forceinline__ int slice_of_warp(int chunk, int i) {
+  return (chunk * kWarps + warp_id()) * kLoads + i;
+}
+
 // A block's share of W: kTiles tiles, kLoads slices of them at a time for each warp, in `buffer`.
 template <class T, int kWarps, int kTiles, int kLoads>
 struct Tiles {
-  static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kBufferBytes = kTiles * kLoads * kThreads * 16;
+  static constexpr int kUnits = kLoads * 4;  // of 16 bytes, in a warp's part of a row
+  static constexpr int kBufferBytes = kTiles * kWarps * kTileRows * kUnits * 16;
   static constexpr int kPartials = kWarps * kTiles * kMaxVectors * kTileRows;  // floats
 
-  Vec16* buffer;         // shared memory, [kTiles, kLoads, kThreads]; a thread reads only what it has copied itself
-  const T* row[kTiles];  // this lane's row of each tile
-  int slices;            // in a row
+  Vec16* buffer;           // shared memory, [kTiles, kWarps, kTileRows, kUnits]
+  const T* first[kTiles];  // row 0 of each tile
+  int last[kTiles];        // the tile's last row that there is
+  int slices;              // in a row
   float sum[kTiles][2][4];
 
-  __device__ __forceinline__ int slice(int chunk, int i) const { return (chunk * kLoads + i) * kWarps + warp_id(); }
+  __device__ __forceinline__ int slice(int chunk, int i) const { return slice_of_warp<kWarps, kLoads>(chunk, i); }
   __device__ __forceinline__ int chunks() const { return ceil_div(slices, kLoads * kWarps); }
-  __device__ __forceinline__ Vec16* at(int j, int i) const {
-    return buffer + (j * kLoads + i) * kThreads + threadIdx.x;
+  // Odd rows have the halves of 128 bytes swapped: eight lanes read 64 bytes of two rows, which lie in the same banks.
+  __device__ __forceinline__ Vec16* at(int j, int row, int unit) const {
+    return buffer + ((j * kWarps + warp_id()) * kTileRows + row) * kUnits + (unit ^ row % 2 * 4);
   }
 
   // Tile j holds the rows first_row ... first_row + 7 of `weights`; past the last row it repeats that one.
   __device__ __forceinline__ void place(int j, const T* weights, int first_row, int rows, int dim) {
     slices = dim / kSlice;
-    const int r = min(first_row + lane_id() / 4, rows - 1);
-    row[j] = weights + static_cast<int64>(r) * dim + lane_id() % 4 * 8;
+    const int row = min(first_row, rows - 1);
+    first[j] = weights + static_cast<int64>(row) * dim;
+    last[j] = rows - 1 - row;
   }
 
   // Starts to copy a chunk.
   __device__ __forceinline__ void load(int chunk) {
+    constexpr int kWide = kUnits < kWarp ? kUnits : kWarp, kParts = kUnits / kWide;  // lanes along a row; loads of it
+    const int dim = slices * kSlice, unit = lane_id() % kWide, column = slice(chunk, 0) * kSlice + unit * 8;
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i)
-      if (slice(chunk, i) < slices)
+    for (int i = 0; i < kLoads; ++i) {
+      const int row = i / kParts * (kWarp / kWide) + lane_id() / kWide, further = i % kParts * kWide;
+      if (column + further * 8 < dim)
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) copy_async(at(j, i), row[j] + slice(chunk, i) * kSlice);
+        for (int j = 0; j < kTiles; ++j)
+          copy_async(at(j, row, unit) + further, first[j] + (min(row, last[j]) * dim + column) + further * 8);
+    }
   }
 
   __device__ __forceinline__ void multiply(int chunk, const Staged<T>& x) {
@@ -99,7 +114,8 @@ struct Tiles {
     for (int i = 0; i < kLoads; ++i) {
       if (slice(chunk, i) >= slices) break;
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) add_slice<T>(sum[j], x, slice(chunk, i) * kSlice, *at(j, i));
+      for (int j = 0; j < kTiles; ++j)
+        add_slice<T>(sum[j], x, slice(chunk, i) * kSlice, *at(j, lane_id() / 4, i * 4 + lane_id() % 4));
     }
   }
 
@@ -110,8 +126,12 @@ struct Tiles {
 #pragma unroll
       for (int c = 0; c < 4; ++c) sum[j][0][c] = sum[j][1][c] = 0.0f;
     for (int chunk = 0; chunk < chunks(); ++chunk) {
-      if (chunk > 0) load(chunk);
+      if (chunk > 0) {
+        __syncwarp();  // the last chunk is done with
+        load(chunk);
+      }
       copies_done();
+      __syncwarp();
       multiply(chunk, x);
     }
   }
@@ -137,30 +157,28 @@ struct Tiles {
   }
 };
 
-// What a lane stages: its warp's slices in turn, eight at a time, four lanes a slice.
-template <int kWarps>
-struct StagedColumns {
-  static constexpr int kStep = kWarps * 8;  // slices from one turn to the next
-  static __device__ __forceinline__ int first() { return lane_id() / 4 * kWarps + warp_id(); }
-  static __device__ __forceinline__ int column(int slice) { return slice * kSlice + lane_id() % 4 * 8; }
-};
+// The first of the eight columns that a lane stages in its turn'th turn: its warp's slices one after another, eight at
+// a time, four lanes a slice. Not below `dim`: there are no more.
+template <int kWarps, int kLoads>
+__device__ __forceinline__ int staged_column(int turn) {
+  const int i = turn * 8 + lane_id() / 4;
+  return slice_of_warp<kWarps, kLoads>(i / kLoads, i % kLoads) * kSlice + lane_id() % 4 * 8;
+}
 
 // Stages this warp's columns of x[b], b < staged.count, as they are.
-template <class T, int kWarps>
+template <class T, int kWarps, int kLoads>
 __device__ __forceinline__ void stage(const Staged<T>& staged, const T* x, int dim) {
-  using Columns = StagedColumns<kWarps>;
   for (int b = 0; b < staged.count; ++b)
-    for (int s = Columns::first(); s < dim / kSlice; s += Columns::kStep)
-      store_vec(staged.high(b) + Columns::column(s), load_vec(x + static_cast<int64>(b) * dim + Columns::column(s)));
+    for (int turn = 0, at; (at = staged_column<kWarps, kLoads>(turn)) < dim; ++turn)
+      store_vec(staged.high(b) + at, load_vec(x + static_cast<int64>(b) * dim + at));
   __syncwarp();
 }
 
-// What RMSNorm needs before the block waits: this lane's first eight norm weights.
-template <class T, int kWarps>
+// What RMSNorm needs before the block waits: the norm weights of this lane's first turn.
+template <class T, int kWarps, int kLoads>
 __device__ __forceinline__ Vec16 first_norm_weights(const T* norm_weight, int dim) {
-  using Columns = StagedColumns<kWarps>;
-  if (Columns::first() >= dim / kSlice) return {};
-  return load_weight(norm_weight + Columns::column(Columns::first()));
+  const int at = staged_column<kWarps, kLoads>(0);
+  return at < dim ? load_weight(norm_weight + at) : Vec16{};
 }
 
 // The factor 1 / sqrt(mean(x^2) + eps) of vector b, from what stage_normed() left in `squares`.
@@ -196,23 +214,22 @@ __device__ __forceinline__ void put_split(const Staged<T>& staged, int b, int co
 // applied to the sums: `squares` [kWarps, kMaxVectors] gets what norm_scale() makes it from, behind a barrier. float16
 // might overflow without the factor, so there it is applied here, at the price of a barrier.
 // The rows of x are `x_stride` elements apart.
-template <class T, int kWarps>
+template <class T, int kWarps, int kLoads>
 __device__ __forceinline__ void stage_normed(const Staged<T>& staged, const T* x, int64 x_stride, const T* norm_weight,
                                              const Vec16& first_weights, int dim, float eps, float* squares) {
-  using Columns = StagedColumns<kWarps>;
-  const auto put = [&](int b, int s, const float (&v)[8], float scale) {
+  const auto put = [&](int b, int turn, int at, const float (&v)[8], float scale) {
     float n[8];
-    unpack8<T>(s < Columns::kStep ? first_weights : load_weight(norm_weight + Columns::column(s)), n);
-    put_split(staged, b, Columns::column(s), v, n, scale);
+    unpack8<T>(turn == 0 ? first_weights : load_weight(norm_weight + at), n);
+    put_split(staged, b, at, v, n, scale);
   };
   float v[8];
   for (int b = 0; b < staged.count; ++b) {
     float square = 0.0f;
-    for (int s = Columns::first(); s < dim / kSlice; s += Columns::kStep) {
-      unpack8<T>(load_vec(x + b * x_stride + Columns::column(s)), v);
+    for (int turn = 0, at; (at = staged_column<kWarps, kLoads>(turn)) < dim; ++turn) {
+      unpack8<T>(load_vec(x + b * x_stride + at), v);
 #pragma unroll
       for (int e = 0; e < 8; ++e) square = fmaf(v[e], v[e], square);
-      if constexpr (!kScaleBeforeRounding<T>) put(b, s, v, 1.0f);
+      if constexpr (!kScaleBeforeRounding<T>) put(b, turn, at, v, 1.0f);
     }
     square = warp_sum(square);
     if (lane_id() == 0) squares[warp_id() * kMaxVectors + b] = square;
@@ -221,9 +238,9 @@ __device__ __forceinline__ void stage_normed(const Staged<T>& staged, const T* x
     __syncthreads();
     for (int b = 0; b < staged.count; ++b) {
       const float scale = norm_scale<kWarps>(squares, b, dim, eps);
-      for (int s = Columns::first(); s < dim / kSlice; s += Columns::kStep) {
-        unpack8<T>(load_vec(x + b * x_stride + Columns::column(s)), v);
-        put(b, s, v, scale);
+      for (int turn = 0, at; (at = staged_column<kWarps, kLoads>(turn)) < dim; ++turn) {
+        unpack8<T>(load_vec(x + b * x_stride + at), v);
+        put(b, turn, at, v, scale);
       }
     }
   }

@@ -37,7 +37,7 @@ __device__ __forceinline__ void project_normed(const NormedInput<T>& in, Place p
   tiles.buffer = reinterpret_cast<Vec16*>(shared);
   place(tiles);
   tiles.load(0);
-  const Vec16 first_weights = first_norm_weights<T, kProjectWarps>(in.norm_weight, in.dim);
+  const Vec16 first_weights = first_norm_weights<T, kProjectWarps, kLoads>(in.norm_weight, in.dim);
   wait_for_inputs();
   for (int b0 = 0; b0 < in.rows; b0 += in.group) {
     const Staged<T> x{reinterpret_cast<T*>(shared + Share::kBufferBytes), min(in.group, in.rows - b0),
@@ -46,8 +46,8 @@ __device__ __forceinline__ void project_normed(const NormedInput<T>& in, Place p
       __syncthreads();  // the last vectors are done with
       if (tiles.chunks() > 1) tiles.load(0);
     }
-    stage_normed<T, kProjectWarps>(x, in.x + b0 * in.x_stride, in.x_stride, in.norm_weight, first_weights, in.dim,
-                                   in.eps, squares);
+    stage_normed<T, kProjectWarps, kLoads>(x, in.x + b0 * in.x_stride, in.x_stride, in.norm_weight, first_weights,
+                                           in.dim, in.eps, squares);
     tiles.multiply_all(x);
     tiles.store(partial, x.count);
     __syncthreads();

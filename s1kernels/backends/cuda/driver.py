@@ -15,7 +15,8 @@ OLDEST = (12, 0)
 
 _LIBRARY = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 _COOPERATIVE, _PROGRAMMATIC_STREAM_SERIALIZATION = 2, 6  # CUlaunchAttributeID
-_MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
+_MAX_DYNAMIC_SHARED, _PREFERRED_SHARED = 8, 9  # CUfunction_attribute
+_ALL_SHARED = 100  # percent
 _RAN_BEFORE = range(700, 720)  # errors of a kernel that ran before the call
 
 
@@ -152,6 +153,13 @@ def load_function(function: int, device: int) -> int | None:
         driver()("cuFuncLoad", c_void_p(function))
         driver()("cuFuncGetParamInfo", c_void_p(function), c_size_t(0), byref(offset), byref(size))
     return size.value
+
+
+def prefer_shared(function: int, device: int) -> None:
+    """Ask for as much shared memory, and as little L1, as a multiprocessor can have. So do all kernels: one that wants
+    another division than its predecessor cannot start before the multiprocessor is idle."""
+    with Current(context(device)):
+        driver()("cuFuncSetAttribute", c_void_p(function), c_int(_PREFERRED_SHARED), c_int(_ALL_SHARED))
 
 
 def allow_shared(function: int, device: int, shared: int, *, name: str) -> None:

@@ -133,6 +133,8 @@ class Kernel:
                     f"kernel {self.name} takes {size} bytes of arguments, not {self.argument_bytes}: the compiled code "
                     "is not of this version; install s1kernels again"
                 )
+            if function not in _allowed:
+                driver.prefer_shared(function, index)
             if shared > _SHARED_BYTES:
                 driver.allow_shared(function, index, shared, name=self.name)
             _allowed[function] = max(shared, _SHARED_BYTES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from s1kernels.backends.cuda.launch import Kernel, Launch, multiprocessors
+from s1kernels.backends.cuda.launch import Kernel, Launch
 from s1kernels.backends.cuda.support import UNSTAGED, ceil_div, run, staging, supports, vectorized
 from s1kernels.registry import implement
 
@@ -14,8 +14,8 @@ _FIELDS = {
     "floats": "eps",
 }
 TILE = Kernel("rms_norm_logits", "rms_norm_logits_tile", block=128, **_FIELDS)
-STREAM = Kernel("rms_norm_logits", "rms_norm_logits_stream", block=256, **_FIELDS)
 PLAIN = Kernel("rms_norm_logits", "rms_norm_logits_plain", block=256, **_FIELDS)
+ROWS = {TILE: 16, PLAIN: 8}  # output rows of a block
 
 
 def launches(
@@ -31,17 +31,12 @@ def launches(
     """The op as launches to be enqueued in this order. With `pdl` the weights may be read before earlier kernels of
     the stream have ended: they must not write them. Rows of `x` and `logits` may be any distance apart."""
     (rows, dim), out_dim = x.shape, weight.shape[0]
-    kernel, grid, staged = PLAIN, ceil_div(out_dim, 8), UNSTAGED
-    if vectorized(dim, x, norm_weight, weight) and x.stride(0) % 8 == 0:
-        staged = staging(rows, dim, parts=2, loads=16)
-        blocks = 2 * multiprocessors(x.device)
-        kernel, grid = TILE, ceil_div(out_dim, 16)
-        if grid > 2 * blocks:  # more than are resident at once: stream
-            kernel, grid, staged = STREAM, blocks, staging(rows, dim, parts=2, loads=0)
+    kernel = TILE if vectorized(dim, x, norm_weight, weight) and x.stride(0) % 8 == 0 else PLAIN
+    staged = staging(rows, dim, parts=2, loads=16) if kernel is TILE else UNSTAGED
     return [
         kernel.bind(
-            x.dtype, x.device, pdl=pdl, grid=grid, x=x, norm_weight=norm_weight, weight=weight, logits=logits,
-            normed=normed, rows=rows, dim=dim, out_dim=out_dim, x_stride=x.stride(0),
+            x.dtype, x.device, pdl=pdl, grid=ceil_div(out_dim, ROWS[kernel]), x=x, norm_weight=norm_weight,
+            weight=weight, logits=logits, normed=normed, rows=rows, dim=dim, out_dim=out_dim, x_stride=x.stride(0),
             logits_stride=logits.stride(0), eps=eps, **staged,
         )
     ]  # fmt: skip

@@ -16,9 +16,10 @@ from s1kernels.registry import implement
 
 @triton.jit
 def load_positions(cache, first, p, d, end, D):
-    """[len(p), len(d)] of a head's cache from position `first` on; zeros from `end` on."""
-    at = (first + p)[:, None] * D + d[None, :]
-    return tl.load(cache + at, mask=(first + p < end)[:, None] & (d < D)[None, :], other=0.0)
+    """[1, len(p), len(d)] of a head's cache from position `first` on; zeros from `end` on. Its three dimensions make
+    Triton keep a thread's neighbouring elements together in products with the heads of a group."""
+    at = (first + p)[None, :, None] * D + d[None, None, :]
+    return tl.load(cache + at, mask=(first + p < end)[None, :, None] & (d < D)[None, None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["T", "S", "ahead"])
@@ -67,11 +68,11 @@ def attention_decode_kernel(
         wait_for_inputs(PDL)
         q += row.to(tl.int64) * (H + 2 * G) * D
         query = norm_rotary(q, heads, d, q_norm_weight, cos_sin, count - 1, H, D, eps) * scale
-        one = tl.arange(0, 1)
-        new_k = norm_rotary(q, H + g + one, d, k_norm_weight, cos_sin, count - 1, H + G, D, eps)
-        new_v = tl.load(q + (H + G + g + one)[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
-        to = cache + (count - 1).to(tl.int64) * D + d[None, :] + one[:, None]
-        here = (d < tl.where(newest & valid, D, 0))[None, :]
+        shared = H + g + member * 0  # once for each head of the group: all that is multiplied has the same shape
+        new_k = norm_rotary(q, shared, d, k_norm_weight, cos_sin, count - 1, H + G, D, eps)
+        new_v = tl.load(q + (G + shared)[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
+        to = cache + (count - 1).to(tl.int64) * D + d[None, :] + member[:, None] * 0
+        here = (member == 0)[:, None] & (d < tl.where(newest & valid, D, 0))[None, :]
         tl.store(k_cache + to, new_k.to(k_cache.dtype.element_ty), mask=here)
         tl.store(v_cache + to, new_v, mask=here)
         top = tl.where(newest, tl.sum(query * new_k, 1), top)
@@ -81,13 +82,13 @@ def attention_decode_kernel(
         query = tl.load(q + head_at[:, None] * D + d[None, :], mask=real, other=0.0).to(tl.float32) * scale
 
     for start in range(first, end, POSITIONS):
-        score = tl.sum(query[:, None, :] * k.to(tl.float32)[None, :, :], 2)
+        score = tl.sum(query[:, None, :] * k.to(tl.float32), 2)
         score = tl.where((start + p < end)[None, :], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
         weight = tl.exp(score - higher[:, None])
         keep = tl.exp(top - higher)
         total = total * keep + tl.sum(weight, 1)
-        value = value * keep[:, None] + tl.sum(weight[:, :, None] * v.to(tl.float32)[None, :, :], 1)
+        value = value * keep[:, None] + tl.sum(weight[:, :, None] * v.to(tl.float32), 1)
         top = higher
         k = load_positions(k_cache + cache, start + POSITIONS, p, d, end, D)
         v = load_positions(v_cache + cache, start + POSITIONS, p, d, end, D)
@@ -104,22 +105,23 @@ def attention_decode_kernel(
         tl.debug_barrier()  # all of the program's parts are written before it says so
         if tl.atomic_add(arrived + row * G + g, 1, sem="acq_rel") == used - 1:
             tl.store(arrived + row * G + g, 0)
-            for h in range(group):
-                merge(parts, out, row.to(tl.int64) * H + g * group + h, used, d, D, SPLITS)
+            merge(parts, out, head_at, member < group, used, d, D, SPLITS)
 
 
 @triton.jit
-def merge(parts, out, head, used, d, D, SPLITS: tl.constexpr):
-    """out = the parts of a head merged."""
+def merge(parts, out, head, real, used, d, D, SPLITS: tl.constexpr):
+    """out = the parts of the real ones among some heads merged, all heads at once."""
     s = tl.arange(0, SPLITS)
-    part = parts + (head * SPLITS + s) * (D + 2)
-    inside = (s < used)[:, None] & (d < D)[None, :]
-    value = tl.load(part[:, None] + d[None, :], mask=inside, other=0.0, cache_modifier=".cg")
-    top = tl.load(part + D, mask=s < used, other=float("-inf"), cache_modifier=".cg")
-    total = tl.load(part + D + 1, mask=s < used, other=0.0, cache_modifier=".cg")
-    weight = tl.exp(top - tl.max(top, 0))
-    merged = tl.sum(value * weight[:, None], 0) / tl.sum(total * weight, 0)
-    tl.store(out + head * D + d, merged.to(out.dtype.element_ty), mask=d < D)
+    there = real[:, None] & (s < used)[None, :]
+    part = parts + (head[:, None] * SPLITS + s[None, :]) * (D + 2)
+    inside = there[:, :, None] & (d < D)[None, None, :]
+    value = tl.load(part[:, :, None] + d[None, None, :], mask=inside, other=0.0, cache_modifier=".cg")
+    top = tl.load(part + D, mask=there, other=float("-inf"), cache_modifier=".cg")
+    total = tl.load(part + D + 1, mask=there, other=0.0, cache_modifier=".cg")
+    weight = tl.exp(top - tl.max(top, 1)[:, None])
+    merged = tl.sum(value * weight[:, :, None], 1) / tl.sum(total * weight, 1)[:, None]
+    to = out + head[:, None] * D + d[None, :]
+    tl.store(to, merged.to(out.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
 
 
 class Scratch:

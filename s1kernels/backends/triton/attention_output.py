@@ -35,7 +35,9 @@ def attention_output_kernel(
 
     qkv [B*T, (H+2G)*D]; k_cache, v_cache [B, G, S, D], at most POSITIONS of them used; weight [C, H*D]; residual and
     out [B*T, C], which may be the same. Mapping: a program has BLOCK_O rows of the weight, and computes all of the
-    attention itself: ten positions are 20 KB from L2, less than a launch costs. The first writes the new k and v.
+    attention itself: ten positions are 20 KB from L2, less than a launch costs. The first writes the new k and v. What
+    earlier passes wrote to the caches is read before the program waits: the draw between two passes lets no later
+    kernel start before all earlier ones have ended.
     Memory: the weight once. Numerics: q, k and the attention's result are rounded as by the ops that this replaces.
     """
     let_next_start(PDL)
@@ -52,10 +54,10 @@ def attention_output_kernel(
     kv = tl.minimum(h // group, G - 1)
     cached_at = kv[:, None, None] * (S * D) + p[None, :, None] * D + d[None, None, :]
     cached = inside[:, None, :] & (p < first)[None, :, None]
+    k = tl.load(k_cache + cached_at, mask=cached, other=0.0)
+    v = tl.load(v_cache + cached_at, mask=cached, other=0.0)
     wait_for_inputs(PDL)
-    for _ in range(B):
-        k = tl.load(k_cache + cached_at, mask=cached, other=0.0)
-        v = tl.load(v_cache + cached_at, mask=cached, other=0.0)
+    for b in range(B):
         for t in tl.static_range(T):
             query = norm_rotary(qkv + t * row_size, h, d, q_norm_weight, cos_sin, first + t, H, D, eps) * scale
             top = tl.full([HEADS], float("-inf"), tl.float32)
@@ -86,6 +88,9 @@ def attention_output_kernel(
         qkv += T * row_size
         k_cache += G * S * D
         v_cache += G * S * D
+        more = inside[:, None, :] & (p < tl.where(b + 1 < B, first, 0))[None, :, None]
+        k = tl.load(k_cache + cached_at, mask=more, other=0.0)
+        v = tl.load(v_cache + cached_at, mask=more, other=0.0)
         residual += T * width
         out += T * width
 

@@ -1,7 +1,7 @@
 """Programmatic dependent launches, where Triton's language has them: a kernel starts before its predecessor ends.
 
-A kernel that has PDL begins with `let_next_start`, loads what no kernel of the frame writes (weights), and calls
-`wait_for_inputs` in every program before it reads what earlier kernels wrote, or writes anything.
+A kernel that has PDL begins with `let_next_start` (a draw: after its wait), loads what no kernel of the frame writes
+(weights), and calls `wait_for_inputs` in every program before it reads what earlier kernels wrote, or writes anything.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 sample_token_survey: a program finds the best row of its chunk. sample_token_settle: a program finds what of its chunk
 is ahead of the best of all; the last to finish decides, going over everything again if the first proposal is not kept.
 Memory: logits and noise once; with chunks 16*V bytes more, in L2.
+
+No later kernel starts before all that come before a draw have ended: attention_output.py counts on it.
 """
 
 from __future__ import annotations
@@ -105,7 +107,6 @@ def sample_token_kernel(
     BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out = the token drawn from a row of logits; -1 if they are not finite. Mapping: a program has a row."""
-    let_next_start(PDL)
     if rng is None:
         wait_for_inputs(PDL)
     b = tl.program_id(0).to(tl.int64)
@@ -124,6 +125,7 @@ def sample_token_kernel(
     nucleus, most, penalty = tl.load(top_p), tl.load(top_k), tl.load(repetition_penalty)
     if rng is not None:
         wait_for_inputs(PDL)
+    let_next_start(PDL)  # not before: what a later kernel reads before its own wait is then complete
     x = load_logits(logits + b * logits_stride, row, inside, said, penalty)
     top = top_of(x, inside)
     token = -1
@@ -160,7 +162,6 @@ def sample_token_survey_kernel(
     BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The best row of a chunk. Mapping: a program has a chunk of a row."""
-    let_next_start(PDL)
     if rng is None:
         wait_for_inputs(PDL)
     chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -177,6 +178,7 @@ def sample_token_survey_kernel(
     penalty = tl.load(repetition_penalty)
     if rng is not None:
         wait_for_inputs(PDL)
+    let_next_start(PDL)  # not before: what a later kernel reads before its own wait is then complete
     x = load_logits(logits + b * logits_stride, row, inside, said, penalty)
     floats += b * (2 * V + 7 * CHUNKS)
     ints += b * (3 * CHUNKS + 1)
