@@ -112,9 +112,13 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
       barrier_init(s.empty + i, kWorkers * kSayers);
     }
     barrier_init(&s.past_full, 1);
-    barriers_visible();
     s.position = *a.position;
     s.turn = *a.turn;
+    const int attending = typename PersistentFrame<T>::Share(s.position).warps * 32;
+    begin_barrier(kSampling, kSamplerThreads);
+    begin_barrier(kLeaving, attending + 32);
+    begin_barrier(kAttending, attending);
+    barriers_visible();
   }
   __syncthreads();
   if (warp_id() == 0) PersistentFrame<T>::copy_past(a, s, 0, 0);

@@ -96,26 +96,44 @@ struct PersistentFrameArgs {
 
 // Barriers among some of a block's warps. Not the aligned kind: a warp may arrive in pieces, after polls that took its
 // lanes different times.
-__device__ __forceinline__ void sync_workers() {
-  if (S1_RACECHECK) __syncwarp();
-  asm volatile("barrier.sync 1, %0;" ::"n"(kWorkers * 32) : "memory");
+enum Barrier { kWorking = 1, kSampling, kLeaving, kAttending, kBarriers };
+
+#if S1_RACECHECK  // compute-sanitizer loses count of more than one named barrier: mbarriers, but for the workers'
+__device__ __forceinline__ uint64* barrier_of(Barrier b) {
+  __shared__ uint64 barriers[kBarriers];
+  return barriers + b;
 }
-__device__ __forceinline__ void sync_samplers() {
-  if (S1_RACECHECK) __syncwarp();
-  asm volatile("barrier.sync 2, %0;" ::"n"(kSamplerThreads) : "memory");
+// One thread, before the others need it.
+__device__ __forceinline__ void begin_barrier(Barrier b, int threads) { barrier_init(barrier_of(b), threads); }
+__device__ __forceinline__ void arrive(Barrier b, int) {
+  __syncwarp();
+  barrier_arrive(barrier_of(b));
 }
+__device__ __forceinline__ void meet(Barrier b, int threads) {
+  __syncwarp();
+  if (b == kWorking) {
+    asm volatile("barrier.sync %0, %1;" ::"r"(static_cast<int>(b)), "r"(threads) : "memory");
+  } else {
+    barrier_meet(barrier_of(b));
+  }
+}
+#else
+__device__ __forceinline__ void begin_barrier(Barrier, int) {}
+__device__ __forceinline__ void arrive(Barrier b, int threads) {
+  asm volatile("barrier.arrive %0, %1;" ::"r"(static_cast<int>(b)), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void meet(Barrier b, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(static_cast<int>(b)), "r"(threads) : "memory");
+}
+#endif
+
+__device__ __forceinline__ void sync_workers() { meet(kWorking, kWorkers * 32); }
+__device__ __forceinline__ void sync_samplers() { meet(kSampling, kSamplerThreads); }
 
 // The warps that attend leave the past's keys and values to the one that copies the next; and meet among themselves.
-__device__ __forceinline__ void leave_past(int warps) {
-  asm volatile("barrier.arrive 3, %0;" ::"r"(warps * 32 + 32) : "memory");
-}
-__device__ __forceinline__ void sync_past(int warps) {
-  asm volatile("barrier.sync 3, %0;" ::"r"(warps * 32 + 32) : "memory");
-}
-__device__ __forceinline__ void sync_attending(int warps) {
-  if (S1_RACECHECK) __syncwarp();
-  asm volatile("barrier.sync 4, %0;" ::"r"(warps * 32) : "memory");
-}
+__device__ __forceinline__ void leave_past(int warps) { arrive(kLeaving, warps * 32 + 32); }
+__device__ __forceinline__ void sync_past(int warps) { meet(kLeaving, warps * 32 + 32); }
+__device__ __forceinline__ void sync_attending(int warps) { meet(kAttending, warps * 32); }
 
 __device__ __forceinline__ int64 nanoseconds() {
   int64 t;

@@ -27,6 +27,16 @@ __device__ __forceinline__ void barrier_expect(uint64* b, int bytes) {
 __device__ __forceinline__ void barrier_arrive(uint64* b) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
 }
+// Arrives, and waits for the others.
+__device__ __forceinline__ void barrier_meet(uint64* b) {
+  uint64 state;
+  asm volatile("mbarrier.arrive.shared.b64 %0, [%1];" : "=l"(state) : "r"(shared_address(b)) : "memory");
+  for (uint32 done = 0; !done;)
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(shared_address(b)), "l"(state)
+                 : "memory");
+}
 __device__ __forceinline__ bool barrier_done(uint64* b, uint32 parity) {
   uint32 done;
   asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
@@ -58,6 +68,7 @@ __device__ __forceinline__ void barriers_visible() {
 __device__ __forceinline__ void barrier_init(uint64*, int) {}
 __device__ __forceinline__ void barrier_expect(uint64*, int) {}
 __device__ __forceinline__ void barrier_arrive(uint64*) {}
+__device__ __forceinline__ void barrier_meet(uint64*) {}
 __device__ __forceinline__ bool barrier_done(uint64*, uint32) { return true; }
 __device__ __forceinline__ void bulk_copy(void*, const void*, int, uint64*) {}
 __device__ __forceinline__ void bulk_copy_once(void*, const void*, int, uint64*) {}
