@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s1kernels.backends.triton.pdl import let_next_start, wait_for_inputs
-from s1kernels.backends.triton.project import load_tile, load_vector, my_columns, my_outs, project, store, tiling
+from s1kernels.backends.triton.project import load_tile, load_vector, my_outs, project, store, tiling
 from s1kernels.backends.triton.support import launch, supports
 from s1kernels.registry import implement
 
@@ -19,7 +19,7 @@ def linear_residual_kernel(
 ):  # fmt: skip
     """out = weight @ x + bias + residual, where out may be residual. Mapping: project.py. Memory: the weight once."""
     let_next_start(PDL)
-    outs, columns = my_outs(BLOCK_O), my_columns(BLOCK_O, BLOCK_C)
+    outs, columns = my_outs(BLOCK_O), tl.arange(0, BLOCK_C)
     tile = load_tile(weight, outs, columns, width, C)
     if bias is not None:
         plus = load_vector(bias, outs, width)

@@ -1,10 +1,8 @@
 """Matrix-vector products y = weight @ x for a few vectors x, the core of every projection.
 
 Mapping: a program has BLOCK_O rows of the weight and takes one vector after the other. It loads the first BLOCK_C
-columns of its rows (WHOLE: all of them) at once, before it waits for the vectors. Columns are two dimensions, 256 of
-them along a warp: so Triton gives a warp whole rows where there are as many rows as warps, which need no barrier for
-their sums, and every warp reads the vector for itself. Memory: the weight once for all vectors if WHOLE. Numerics: all
-in float32.
+columns of its rows (WHOLE: all of them) at once, before it waits for the vectors. Memory: the weight once for all
+vectors if WHOLE. Numerics: all in float32.
 """
 
 from __future__ import annotations
@@ -20,14 +18,13 @@ from s1kernels.backends.triton.support import power_of_2
 from s1kernels.backends.triton.tuning import sizes
 
 MOST_COLUMNS = 8192  # of a tile; more take several turns
-ALONG = tl.constexpr(256)  # columns that the lanes of a warp load at once, eight each
 
 
 @triton.jit
 def load_tile(weight, outs, columns, width, C):
     """weight[outs, columns]; zeros past its end."""
-    at = outs.to(tl.int64)[:, None, None] * C + columns
-    return tl.load(weight + at, mask=(outs < width)[:, None, None] & (columns < C), other=0.0)
+    at = outs.to(tl.int64)[:, None] * C + columns[None, :]
+    return tl.load(weight + at, mask=(outs < width)[:, None] & (columns < C)[None, :], other=0.0)
 
 
 @triton.jit
@@ -50,9 +47,9 @@ def project(
     squares = v * v
     if norm_weight is not None:
         v *= norm
-    sums = tile.to(tl.float32) * v
+    sums = tile.to(tl.float32) * v[None, :]
     if second is not None:
-        second_sums = second_tile.to(tl.float32) * v
+        second_sums = second_tile.to(tl.float32) * v[None, :]
     if not WHOLE:
         for start in range(BLOCK_C, C, BLOCK_C):
             at = start + columns
@@ -60,39 +57,24 @@ def project(
             squares += v * v
             if norm_weight is not None:
                 v *= load_vector(norm_weight, at, C)
-            sums += load_tile(weight, outs, at, width, C).to(tl.float32) * v
+            sums += load_tile(weight, outs, at, width, C).to(tl.float32) * v[None, :]
             if second is not None:
-                second_sums += load_tile(second, outs, at, width, C).to(tl.float32) * v
-    y = sum_of_row(sums)
+                second_sums += load_tile(second, outs, at, width, C).to(tl.float32) * v[None, :]
+    y = tl.sum(sums, 1)
     if norm_weight is not None:
-        scale = tl.rsqrt(sum_of_row(squares) / C + eps)
+        scale = tl.rsqrt(tl.sum(squares, 0) / C + eps)
         y *= scale
     z = y
     if second is not None:
-        z = sum_of_row(second_sums)
+        z = tl.sum(second_sums, 1)
         if norm_weight is not None:
             z *= scale
     return y, z
 
 
 @triton.jit
-def sum_of_row(x):
-    """[BLOCK_O], of [BLOCK_O, n, m]."""
-    return tl.sum(tl.sum(x, 1), 1)
-
-
-@triton.jit
 def my_outs(BLOCK_O: tl.constexpr):
     return tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-
-
-@triton.jit
-def my_columns(BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr):
-    """[BLOCK_O, n, m]: the first BLOCK_C columns, once for each row."""
-    along: tl.constexpr = min(ALONG, BLOCK_C)
-    turns: tl.constexpr = BLOCK_C // along
-    columns = tl.arange(0, turns)[:, None] * along + tl.arange(0, along)[None, :]
-    return tl.broadcast_to(columns[None, :, :], (BLOCK_O, turns, along))
 
 
 @triton.jit
@@ -107,6 +89,5 @@ def tiling(weight: Tensor, weights: int = 1) -> tuple[tuple[int], dict[str, Any]
     block_o = min(max(1, size.tile // (block_c * weights)), power_of_2(outs))
     while block_o > 1 and ceil_div(outs, block_o) < size.fewest_programs:
         block_o //= 2
-    warps = max(4, min(block_o, 8))
-    options = {"BLOCK_O": block_o, "BLOCK_C": block_c, "WHOLE": columns <= block_c, "num_warps": warps}
+    options = {"BLOCK_O": block_o, "BLOCK_C": block_c, "WHOLE": columns <= block_c, "num_warps": 4}
     return (ceil_div(outs, block_o),), options

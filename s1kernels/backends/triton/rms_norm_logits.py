@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s1kernels.backends.triton.pdl import let_next_start, wait_for_inputs
-from s1kernels.backends.triton.project import load_tile, load_vector, my_columns, my_outs, project, store, tiling
+from s1kernels.backends.triton.project import load_tile, load_vector, my_outs, project, store, tiling
 from s1kernels.backends.triton.support import launch, supports
 from s1kernels.registry import implement
 
@@ -20,7 +20,7 @@ def rms_norm_logits_kernel(
     """logits = weight @ normed + bias, normed = rms_norm(x), which the first program writes too. Mapping: project.py.
     Memory: the weight once."""
     let_next_start(PDL)
-    outs, columns = my_outs(BLOCK_O), my_columns(BLOCK_O, BLOCK_C)
+    outs, columns = my_outs(BLOCK_O), tl.arange(0, BLOCK_C)
     tile = load_tile(weight, outs, columns, width, C)
     if bias is not None:
         plus = load_vector(bias, outs, width)
@@ -33,15 +33,14 @@ def rms_norm_logits_kernel(
         store(logits, outs, width, y)
         if normed is not None:
             if tl.program_id(0) == 0:
-                write_normed(x, norm_weight, normed, C, eps, BLOCK_C)
+                write_normed(x, norm_weight, normed, columns, C, eps, BLOCK_C)
             normed += C
         x += x_stride
         logits += logits_stride
 
 
 @triton.jit
-def write_normed(x, norm_weight, normed, C, eps, BLOCK_C: tl.constexpr):
-    columns = tl.arange(0, BLOCK_C)
+def write_normed(x, norm_weight, normed, columns, C, eps, BLOCK_C: tl.constexpr):
     squares = tl.zeros([BLOCK_C], tl.float32)
     for start in range(0, C, BLOCK_C):
         v = load_vector(x, start + columns, C)

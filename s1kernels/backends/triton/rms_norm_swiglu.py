@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s1kernels.backends.triton.pdl import let_next_start, wait_for_inputs
-from s1kernels.backends.triton.project import load_tile, load_vector, my_columns, my_outs, project, store, tiling
+from s1kernels.backends.triton.project import load_tile, load_vector, my_outs, project, store, tiling
 from s1kernels.backends.triton.support import launch, supports
 from s1kernels.backends.triton.swiglu import gated
 from s1kernels.registry import implement
@@ -20,7 +20,7 @@ def rms_norm_swiglu_kernel(
 ):  # fmt: skip
     """out = silu(w1 @ n) * (w3 @ n), n = rms_norm(x). Mapping: project.py. Memory: both weights once."""
     let_next_start(PDL)
-    outs, columns = my_outs(BLOCK_O), my_columns(BLOCK_O, BLOCK_C)
+    outs, columns = my_outs(BLOCK_O), tl.arange(0, BLOCK_C)
     tile, second_tile = load_tile(w1, outs, columns, width, C), load_tile(w3, outs, columns, width, C)
     norm = load_vector(norm_weight, columns, C)
     wait_for_inputs(PDL)

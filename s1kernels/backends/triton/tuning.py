@@ -32,7 +32,7 @@ class Sizes:
 
 
 HOPPER = Sizes(
-    tile=8192,  # 16 KB, 64 or 128 bytes a thread; 4 programs an SM have 64 KB under way, latency times bandwidth
+    tile=8192,  # 16 KB, 128 bytes a thread of 4 warps; 4 programs an SM have 64 KB under way, latency times bandwidth
     # of an H200 is 25 KB, and all programs of an S1-mini layer's projection are resident at once
     fewest_programs=256,  # two an SM
     positions=32,  # 16 KB of k and v at D = 128
