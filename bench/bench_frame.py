@@ -107,19 +107,20 @@ class Bench:
         first, *others = self.options.cache
         model = self.build(first)
         yardsticks = {context: self.yardstick(model, context) for context in self.options.context if context < first}
-        contenders = self.contenders()
-        steps = [contender for contender in contenders if contender.step]
-        for contender in contenders[: -len(steps)]:
+        *contenders, captured = self.contenders()
+        by_torch = [contender for contender in contenders if contender.step]
+        for contender in contenders[: -len(by_torch)]:
             self.measure_all(model, contender, first, yardsticks)
         if self.cuda:
             self.attempt("memory", lambda: self.memory_cycle(model, yardsticks[self.options.context[0]].prompt))
         for cache in others:
             self.measure_all(self.build(cache), contenders[0], cache, yardsticks)
-        for contender in steps:  # a capture that fails may spoil what comes after it, and compiling takes longest
+        for contender in by_torch:  # compiling takes longest
             self.measure_all(model, contender, first, yardsticks)
         self.startup(first)
         if self.cuda:
             self.count_all(model, contenders, yardsticks[self.options.context[0]].prompt)
+        self.measure_all(model, captured, first, yardsticks)  # last: if it fails on the GPU, nothing runs after it
 
     def contenders(self) -> list[Contender]:
         o = self.options
@@ -143,7 +144,7 @@ class Bench:
         modes = {DEFAULT: None, COMPILED: AS_UPSTREAM}
         steps = {name: functools.partial(compiled, self.inference, self.device, mode) for name, mode in modes.items()}
         by_torch = [Contender(name, o.frames, step=functools.cache(s), refused=skipped) for name, s in steps.items()]
-        return [Contender(EAGER, o.slow_frames), per_op, *graphs, captured, *by_torch]
+        return [Contender(EAGER, o.slow_frames), per_op, *graphs, *by_torch, captured]
 
     def build(self, cache: int) -> Any:
         """The model, with an end token whose logit is 0: outside the nucleus of these random logits."""
