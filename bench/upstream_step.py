@@ -52,6 +52,7 @@ class Captured:
     def __init__(self, inference: Any) -> None:
         self._step, self._graph = inference.decode_one_token_ar, torch.cuda.CUDAGraph()
         self._given: dict[str, Any] = {}
+        self._numbers = NumbersStay()  # the graph reads them
         self._out: Any = None
 
     def __call__(self, **given: Any) -> Tensor:
@@ -67,7 +68,7 @@ class Captured:
     def _capture(self) -> Tensor:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with NumbersStay():
+        with self._numbers:
             with torch.cuda.stream(side):
                 self._step(**self._given)  # compiles and loads what it needs
                 with gpu.never_waiting():
