@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cuda_models import HALVES, LIMIT, SAMPLED, build, needs_gpu, prompt, without
+from frame_phases import Frame
 
 from s1kernels import Engine
 from s1kernels.backends.cuda import driver
@@ -31,6 +32,19 @@ def test_it_needs_cooperative_launches(monkeypatch):
     served = engine("s1_mini", HALVES[0])
     assert served.decoder.frame.persistent == "driver and GPU have no cooperative launches"
     assert served.generate(prompt("s1_mini", 4, "cuda"), 3, SAMPLED, seed=1).shape[1] == 3
+
+
+@pytest.mark.parametrize("position", [1, 300, 2300])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_phase_passes_on_what_it_should(dtype, position):
+    e, text = build("s1_mini_heads", "cuda", dtype), prompt("s1_mini_heads", position + 1, "cuda")
+    e.prefill(text[:, :position])
+    codes = e.step(text[:, -1:], position, SAMPLED, None, torch.Generator("cuda").manual_seed(7))
+    k, v = ([cache[0] for cache in caches] for caches in (e.cache.k, e.cache.v))
+    Frame(
+        e.config, e.weights, e.active_rows.head, e.decoder._launches[1], text[:, -1], codes, position, k, v,
+        e.main_logits, e.fast_logits[0],
+    ).check()  # fmt: skip
 
 
 @pytest.mark.parametrize("constrained", [False, True], ids=["all", "constrained"])
