@@ -4,10 +4,13 @@ import shutil
 from functools import cache
 
 import emulator
+import frame_phases
 import pytest
 import torch
 from emulated_frame import Model, config_of, run_frame
 from emulator import Build, LaunchFailed
+
+from s1kernels.backends.cuda.persistent_frame import FRAME, Kind, Phases
 
 REASON = emulator.unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -61,6 +64,22 @@ def test_a_frame_is_right_in_any_order_of_threads(builds, dtype, position):
 @pytest.mark.parametrize(("dtype", "position", "seed"), [(HALVES[0], 700, 3), (HALVES[1], 17, 0)], ids=str)
 def test_a_frame_of_many_layers_is_right(builds, dtype, position, seed):
     assert run_frame(model("deep", dtype, constrained=True), builds(dtype), position, seed=seed).faults() == []
+
+
+def test_every_phase_passes_on_what_it_should(builds):
+    """Both stacks' shapes, in a frame that attends to more positions than a warp takes; and a wrong word is found."""
+    one = model("deep", HALVES[0], constrained=True)
+    frame = run_frame(one, builds(HALVES[0]), 300)
+    k, v = frame.caches.split(one.config.slow.layers)
+    phases = frame_phases.Frame(
+        one.config, one.weights, one.rows.head, frame.launch, frame.tokens[0], torch.tensor(frame.codes), 300, [*k],
+        [*v], frame.main_logits, frame.fast_logits[0],
+    )  # fmt: skip
+    phases.check()
+    swiglu = next(p for p in Phases(one.config, one.weights, one.rows.head).list if p.kind == Kind.SWIGLU)
+    frame.launch.tensors[FRAME.pointers.index("words")][swiglu.out + 3] ^= 1 << 14  # an exponent's bit
+    with pytest.raises(AssertionError, match="slow 0 SWIGLU"):
+        phases.check()
 
 
 def test_a_frame_of_a_text_token_is_right(builds):

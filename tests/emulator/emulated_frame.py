@@ -12,6 +12,7 @@ from emulator import Library
 from torch import Tensor
 
 from s1kernels.backends.cuda import persistent_frame
+from s1kernels.backends.cuda.launch import Launch
 from s1kernels.draws import Draws
 from s1kernels.model import torch_ops
 from s1kernels.model.config import DualARConfig, StackConfig
@@ -120,6 +121,7 @@ class Frame:
     main_logits: Tensor
     fast_logits: Tensor
     codes: list[int]
+    launch: Launch
 
     def results(self) -> tuple[Tensor, ...]:
         return self.main_logits, self.fast_logits, self.caches[:, :, self.position]
@@ -205,7 +207,7 @@ def run_frame(model: Model, library: Library, position: int, *, text: bool = Fal
             one.enqueue(0)
     return Frame(
         model, position, given["tokens"], window, given["rng"], torch.stack(caches)[:, 0], given["main_logits"],
-        given["fast_logits"], given["out"][0].tolist(),
+        given["fast_logits"], given["out"][0].tolist(), launches[-1],
     )  # fmt: skip
 
 

@@ -39,12 +39,13 @@ class Launch:
     """A kernel with its grid and its arguments. It keeps the tensors among them alive.
 
     enqueue: puts it into a stream (a raw CUstream handle) of the device that it was bound for.
+    tensors: those among its arguments, in the order of the kernel's pointers.
     """
 
-    __slots__ = ("_tensors", "enqueue")
+    __slots__ = ("enqueue", "tensors")
 
     def __init__(self, enqueue: Callable[[int], None], tensors: list[Tensor]) -> None:
-        self.enqueue, self._tensors = enqueue, tensors
+        self.enqueue, self.tensors = enqueue, tensors
 
 
 class Kernel:
