@@ -8,7 +8,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from emulator import Library
+from emulated_kernels import Library
 from torch import Tensor
 
 from s1kernels.backends.cuda import persistent_frame
