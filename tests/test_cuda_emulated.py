@@ -85,6 +85,12 @@ def test_a_frame_of_a_text_token_is_right(library):
     assert run_frame(model("small", HALVES[0], True), library(HALVES[0]), 5, text=True, seed=1).faults() == []
 
 
+def test_a_second_call_gives_the_same_bits(library, small_frame):
+    """Tagged words of the call before are still there."""
+    frame = run_frame(model("small", HALVES[0], True), library(HALVES[0]), 17, seed=1, times=2)
+    assert same_bits(frame, small_frame(HALVES[0], 17, 1))
+
+
 def test_what_racecheck_sees_computes_the_same(library, small_frame):
     frame = run_frame(model("small", HALVES[0], True), library("racecheck"), 17, seed=1)
     assert same_bits(frame, small_frame(HALVES[0], 17, 1))
