@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from emulated_frame import Model, config_of, run_frame
-from emulator import SOURCES, Build, LaunchFailed, unavailable
+from emulated_kernels import SOURCES, LaunchFailed, build, unavailable
 
 
 def main() -> int:
@@ -34,10 +34,9 @@ def main() -> int:
         sys.exit(reason)
     dtype, wrong = getattr(torch, given.dtype), 0
     with tempfile.TemporaryDirectory() as folder:
-        build = Build(Path(folder), dtype, given.sources, given.racecheck)
+        library = build(Path(folder), dtype, given.sources, racecheck=given.racecheck)
         sizes = given.layers, given.fast_layers, given.codebooks, given.intermediate, max(given.position) + 16
         model = Model(config_of(*sizes), dtype, given.constrained)
-        library = build.library()
         for position in given.position:
             results = []
             for seed in given.seed:

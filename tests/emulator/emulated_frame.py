@@ -8,7 +8,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from emulator import Library
+from emulated_kernels import Library
 from torch import Tensor
 
 from s1kernels.backends.cuda import persistent_frame
@@ -177,9 +177,11 @@ class Frame:
         return found
 
 
-def run_frame(model: Model, library: Library, position: int, *, text: bool = False, seed: int = 0) -> Frame:
+def run_frame(
+    model: Model, library: Library, position: int, *, text: bool = False, seed: int = 0, times: int = 1
+) -> Frame:
     """Runs the kernel at a position, from random tokens (or a token of text) and a random window. Caches past the
-    position and the outputs begin as NaN."""
+    position and the outputs begin as NaN. The same frame so many times: the kernel keeps state from call to call."""
     config, head = model.config, model.rows.head
     g = torch.Generator().manual_seed(position)
     begin, end, layers = config.semantic_begin, config.semantic_end + 1, config.slow.layers
@@ -203,7 +205,7 @@ def run_frame(model: Model, library: Library, position: int, *, text: bool = Fal
             config, weights, head, k_caches=caches[:layers], v_caches=caches[layers:], ids=model.rows.ids,
             logit_bias=model.rows.bias, scalars=SCALARS, **model.draws.offsets, **given,
         )  # fmt: skip
-        for one in launches:
+        for one in launches * times:
             one.enqueue(0)
     return Frame(
         model, position, given["tokens"], window, given["rng"], torch.stack(caches)[:, 0], given["main_logits"],

@@ -76,7 +76,7 @@ struct BulkCopy {
 struct Block {
   Dim3 index;
   unsigned char* shared;
-  size_t shared_bytes;
+  size_t shared_bytes, shared_room;
   NamedBarrier barriers[16];
   std::vector<BulkCopy> copies;
   std::vector<Warp> warps;

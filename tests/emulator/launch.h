@@ -2,6 +2,7 @@
 // none moves any more.
 #pragma once
 
+#include <stdlib.h>
 #include <sys/mman.h>
 
 #include "report.h"
@@ -70,7 +71,7 @@ inline void make_blocks(Dim3 grid, Dim3 block, size_t shared_bytes) {
   for (size_t b = 0; b < count; ++b) {
     Block& k = blocks[b];
     k.index = {(unsigned)(b % grid.x), (unsigned)(b / grid.x % grid.y), (unsigned)(b / grid.x / grid.y)};
-    k.shared = first + b * each, k.shared_bytes = (shared_bytes + 127) / 128 * 128;
+    k.shared = first + b * each, k.shared_bytes = (shared_bytes + 127) / 128 * 128, k.shared_room = each;
     k.warps.assign(warps, Warp{});
     for (size_t w = 0; w < warps; ++w) {
       const size_t lanes = std::min<size_t>(32, threads - w * 32);
@@ -85,7 +86,7 @@ inline void make_blocks(Dim3 grid, Dim3 block, size_t shared_bytes) {
   }
 }
 
-// Runs a warp as far as it comes.
+// Runs a warp as far as it comes. Once no other lane can run, those that ask in one place are the active ones.
 inline void run_warp(Warp* w) {
   for (;;) {
     while (w->ready) {
@@ -98,8 +99,9 @@ inline void run_warp(Warp* w) {
     const Site first = fiber_of(w, __builtin_ctz(w->asking))->site;
     uint32_t active = 0;
     for (int i = 0; i < 32; ++i) {
-      const Site site = fiber_of(w, w->asking >> i & 1 ? i : 0)->site;
-      if (w->asking >> i & 1 && site.line == first.line && site.file == first.file) active |= 1u << i;
+      if (!(w->asking >> i & 1)) continue;
+      const Site site = fiber_of(w, i)->site;
+      if (site.line == first.line && site.file == first.file) active |= 1u << i;
     }
     for (int i = 0; i < 32; ++i)
       if (active >> i & 1) fiber_of(w, i)->active_mask = active;

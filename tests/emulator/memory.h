@@ -3,8 +3,6 @@
 // Loads and stores are sequentially consistent: fences order nothing here.
 #pragma once
 
-#include <stdlib.h>
-
 #include <type_traits>
 
 #include "meetings.h"
@@ -33,6 +31,7 @@ inline T& static_shared(const void* key) {
   Block* b = current->block;
   const auto [found, added] = b->statics.try_emplace(key, b->shared_bytes);
   if (added) b->shared_bytes += (sizeof(T) + 127) / 128 * 128;
+  if (b->shared_bytes > b->shared_room) fail(here(), "too little room for static shared memory: raise kStaticShared");
   return *(T*)(b->shared + found->second);
 }
 

@@ -33,6 +33,17 @@ inline std::string text(const char* format, ...) {
   return out;
 }
 
+// A demangled function's own name, without its scopes and any arguments.
+inline std::string last_name(const char* function) {
+  std::string out;
+  int depth = 0;
+  for (const char* c = function; *c && *c != '\n' && (depth || *c != '('); ++c) {
+    depth += *c == '<';
+    if (!depth) out += *c;
+    depth -= *c == '>';
+  }
+  return out.substr(out.find_last_of(" :") + 1);
+}
 // The functions of the sources that an address lies in, innermost first; addr2line knows those that were inlined.
 inline std::string functions_at(void* address) {
   Dl_info info;
@@ -46,9 +57,7 @@ inline std::string functions_at(void* address) {
   while (fgets(function, sizeof function, pipe) && fgets(place, sizeof place, pipe)) {
     const std::string at(place, strcspn(place, " \n"));
     if (at.find(".cu") == std::string::npos) continue;
-    std::string name(function, strcspn(function, "(<\n"));
-    name = name.substr(name.find_last_of(" :") + 1);
-    out += (out.empty() ? "" : " < ") + name + " " + at;
+    out += (out.empty() ? "" : " < ") + last_name(function) + " " + at;
   }
   pclose(pipe);
   return out;

@@ -18,7 +18,7 @@ struct FrameProjections {
   const PersistentFrameArgs& a;
   Shared<T>& s;
   Waiting waiting;
-  int thread;    // threadIdx.x
+  int thread;  // threadIdx.x
 
   // The first kCopyLanes lanes of the warp that streams the weights. They go in step, a unit each, so that none is a
   // turn of the ring ahead of another.

@@ -14,11 +14,11 @@ constexpr int kWorkers = 16;                    // warps that compute
 constexpr int kSlots = 12;                      // units in the ring
 constexpr int kSayers = S1_RACECHECK ? 32 : 1;  // lanes of a warp that wait for a unit, and that give it back
 constexpr int kCopyLanes = 4;                   // that copy units
-constexpr int kWidth = 1024;          // C of both stacks
-constexpr int kSplits = kBlocks / 8;  // parts of a slow head's positions
-constexpr int kSlowDim = 128, kFastDim = 64;  // D
-constexpr int kChunkStep = 16;                // a split's positions are a multiple of it
-constexpr int kNear = 128;                    // of them that shared memory holds at a time
+constexpr int kWidth = 1024;                    // C of both stacks
+constexpr int kSplits = kBlocks / 8;            // parts of a slow head's positions
+constexpr int kSlowDim = 128, kFastDim = 64;    // D
+constexpr int kChunkStep = 16;                  // a split's positions are a multiple of it
+constexpr int kNear = 128;                      // of them that shared memory holds at a time
 constexpr int kNearWarps = kNear / kChunkStep;
 constexpr int kPartWords = 2 * (16 + 2);     // of 16 elements, with total, top and tags
 constexpr int kFastQkvRows = 32 * kFastDim;  // 16 query, 8 key and 8 value heads
@@ -163,10 +163,10 @@ struct Shared {
   float partial[2][kWorkers][2][48];  // a warp's part of a phase's results, by vector
   T angles[kPlaces][kFastDim];
   __align__(16) float squares[2][2][2 * kWorkers];  // of x, by vector and half a warp's columns
-  float own[2][kOwnRows];         // this block's rows of the residual stream, by vector
-  float gumbel[1024];             // of the fast code that is drawn next
-  uint32 begin[2][kWidth / 2];    // what a stack begins with, by vector
-  uint32 hidden[kWidth / 2];      // the slow stack's result
+  float own[2][kOwnRows];                           // this block's rows of the residual stream, by vector
+  float gumbel[1024];                               // of the fast code that is drawn next
+  uint32 begin[2][kWidth / 2];                      // what a stack begins with, by vector
+  uint32 hidden[kWidth / 2];                        // the slow stack's result
   uint64 full[kSlots], empty[kSlots], past_full;
   Ahead slots[2 * kSamplerWarps];
   Phase phases[8];  // this one, the next four, and those that some may still read

@@ -43,34 +43,6 @@ def unavailable() -> str | None:
     return None
 
 
-class Build:
-    """A library in the making: g++ runs in the background until it is asked for.
-
-    Args:
-        folder: where the library goes.
-        dtype: the one dtype that the kernels are compiled for.
-        sources: csrc/cuda, or a changed copy.
-        racecheck: what compute-sanitizer's racecheck sees (S1_RACECHECK in device/kernel.cuh).
-    """
-
-    def __init__(
-        self, folder: Path, dtype: torch.dtype, sources: Path = SOURCES, racecheck: bool = False,
-        source: str = "persistent_frame",
-    ) -> None:  # fmt: skip
-        name = f"{source}_{dtypes.NAMES[dtype]}{'_racecheck' * racecheck}"
-        text, self._path = folder / f"{name}.cpp", folder / f"{name}.so"
-        text.write_text(translate(sources / f"{source}.cu"))
-        defines = [f"-DS1_DTYPES={dtypes.MASKS[dtype]}", f"-DS1_RACECHECK={int(racecheck)}"]
-        command = ["g++", *FLAGS, *defines, str(text), "-o", str(self._path), "-ldl"]
-        self._compiler = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-    def library(self) -> Library:
-        _, errors = self._compiler.communicate()
-        if self._compiler.returncode:
-            raise RuntimeError(f"g++ failed:\n{errors}")
-        return Library(self._path)
-
-
 class Library:
     """A source's kernels."""
 
@@ -108,3 +80,26 @@ class Library:
         begins = (ctypes.c_void_p * n)(*(t.data_ptr() for t in tensors.values()))
         sizes = (ctypes.c_size_t * n)(*(t.numel() * t.element_size() for t in tensors.values()))
         self._c.emulator_name(ctypes.c_size_t(n), names, begins, sizes)
+
+
+def build(
+    folder: Path, dtype: torch.dtype, sources: Path = SOURCES, *, racecheck: bool = False,
+    source: str = "persistent_frame",
+) -> Library:  # fmt: skip
+    """Compiles a source's kernels.
+
+    Args:
+        folder: where the library goes.
+        dtype: the one that the kernels are compiled for, of 16 bits.
+        sources: csrc/cuda, or a changed copy.
+        racecheck: what compute-sanitizer's racecheck sees (S1_RACECHECK in device/kernel.cuh).
+    """
+    name = f"{source}_{dtypes.NAMES[dtype]}{'_racecheck' * racecheck}"
+    text, library = folder / f"{name}.cpp", folder / f"{name}.so"
+    text.write_text(translate(sources / f"{source}.cu"))
+    defines = [f"-DS1_DTYPES={dtypes.MASKS[dtype]}", f"-DS1_RACECHECK={int(racecheck)}"]
+    command = ["g++", *FLAGS, *defines, str(text), "-o", str(library), "-ldl"]
+    compiler = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if compiler.returncode:
+        raise RuntimeError(f"g++ failed:\n{compiler.stderr}")
+    return Library(library)
