@@ -19,6 +19,11 @@ from s1kernels.testing import rel_error
 
 PROMPT = "The capital of France is Paris. The capital of Germany is"
 CONTINUATION = " Berlin. The capital of the United States is New York City."
+TEXT = (
+    "The capital of France is Paris. Water boils at one hundred degrees. In the beginning there was a small village by "
+    "the river, where people lived from fishing and from what the forest gave them. One day a stranger came along the "
+    "road with a heavy bag, and asked for a place to sleep."
+)
 
 
 class Reader:
@@ -118,11 +123,10 @@ def test_float32_writes_the_same_text(model, reader):
 
 
 def test_bfloat16_logits_are_no_farther_from_float64_than_upstreams(model, reader):
-    """Every step is fed what float32 said, so that all three see the same tokens."""
-    ids = reader.encode(PROMPT)
-    told, _ = speak(model, ids)
-    text = torch.zeros(3, len(ids) + len(told), dtype=torch.int32)
-    text[0] = torch.tensor(ids + told)
+    """All three are fed the same text, long enough that its roundings even out."""
+    ids = reader.encode(TEXT)
+    text = torch.zeros(3, len(ids), dtype=torch.int32)
+    text[0] = torch.tensor(ids)
     rounded = model.to(torch.bfloat16)
     try:
         theirs = feed(rounded, text)
