@@ -98,10 +98,16 @@ def _finite(args: tuple) -> tuple:
 
 def _compiled(op: Op) -> Contender:
     """What torch.compile makes of the op in plain torch calls that do not look at the GPU from the host."""
+    from torch._dynamo.exc import TorchDynamoException  # takes long to import
+
     plain = torch.compile(getattr(torch_ops, op.name, op.reference), dynamic=False, fullgraph=True)
 
     def run(*args: Any) -> None:
-        for to, value in zip(as_tuple(args[-1]), as_tuple(plain(*args[:-1])), strict=True):
+        try:
+            values = plain(*args[:-1])
+        except TorchDynamoException as error:
+            raise Refused(f"torch.compile cannot: {error}") from error
+        for to, value in zip(as_tuple(args[-1]), as_tuple(values), strict=True):
             to.copy_(value)
 
     return Contender(op, "compiled", run, False, _finite)

@@ -27,11 +27,6 @@ __device__ __forceinline__ Vec16 peek4(const uint32* at) {
                : "memory");
   return v;
 }
-__device__ __forceinline__ uint2 peek2(const uint32* at) {
-  uint2 v;
-  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at) : "memory");
-  return v;
-}
 
 __device__ __forceinline__ bool any_empty(const Vec16& v) {
   return v.word[0] == kEmpty || v.word[1] == kEmpty || v.word[2] == kEmpty || v.word[3] == kEmpty;
@@ -69,14 +64,6 @@ struct Waiting {
     Vec16 v[1];
     take4s(at, 0, v);
     return v[0];
-  }
-  __device__ __forceinline__ uint2 take2(const uint32* at) {
-    uint2 v = peek2(at);
-    for (int n = 0; v.x == kEmpty || v.y == kEmpty; ++n) {
-      if (!again(n)) break;
-      v = peek2(at);
-    }
-    return v;
   }
   // kCount times two words that are written over and over: each comes with a tag that says which writing it is.
   template <int kCount>

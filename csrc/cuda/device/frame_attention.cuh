@@ -270,7 +270,7 @@ struct FrameAttention : FrameProjections<T> {
 
   template <int kSlices>
   __device__ __forceinline__ void output(const Phase& f, int half) {
-    this->template project_residual<kSlices, false>(f, half, [&](Vec16(&x)[kSlices]) {
+    this->template project_residual<kSlices>(f, half, [&](Vec16(&x)[kSlices]) {
       const int vector = this->part_is_there(f) ? this->part_vector() : 0;
       const int column = (vector * kWidth + warp() * 64) * kSlices + this->part_column();
       waiting.take4s(a.words + f.in + column / 2, 32, x);
@@ -281,7 +281,7 @@ struct FrameAttention : FrameProjections<T> {
   // other's. While the inputs are on their way, the first layer draws the noise of the code that will come of them.
   __device__ __forceinline__ void fast_output(const Phase& f, int half) {
     if (f.layer == 0) draw_noise(f.position + f.vectors);
-    this->template project_residual<1, false>(f, half, [&](Vec16(&x)[1]) {
+    this->template project_residual<1>(f, half, [&](Vec16(&x)[1]) {
       if (f.vectors == 2) {
         x[0] = fast_attention<2, 1>(f);
       } else {

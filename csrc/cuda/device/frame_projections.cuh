@@ -175,17 +175,16 @@ struct FrameProjections {
   }
 
   // A phase of one tile, kSlices * 1024 columns wide, on vectors as they are, which operands() gets for this warp's
-  // columns: its 8 rows are added to the residual stream. If operands() needs the registers, the weights come later.
-  template <int kSlices, bool kLate, class Operands>
+  // columns: its 8 rows are added to the residual stream.
+  template <int kSlices, class Operands>
   __device__ __forceinline__ void project_residual(const Phase& f, int half, Operands operands) {
     const RingCursor<kSlots> at{f.slot, f.parity};
     Held<kSlices> held;
     Vec16 x[kSlices];
-    if constexpr (kLate) operands(x);
     await(at, 2 * kSlices);
     held.load(*this, at.slot, (lane() / 4 * kSlices * kWidth + warp() * kSlices * 64) * 2, 128);
     release(at, 2 * kSlices);
-    if constexpr (!kLate) operands(x);
+    operands(x);
     read_thread();
     float y = 0.0f;
 #pragma unroll
