@@ -45,7 +45,8 @@ SAMPLING = {"temperature": 0.7, "top_p": 0.7, "repetition_penalty": 1.2}
 END = 0  # what demo's tokenizer calls the end token
 ERROR_FLOOR = 1e-5  # what float32 leaves open
 
-FULL = {"context": [128, 512, 2048, 4096], "frames": 200, "slow_frames": 20, "rounds": 5, "settle": 8, "cache": [8192]}
+CONTEXTS = [0, 128, 512, 2048, 4096]
+FULL = {"context": CONTEXTS, "frames": 200, "slow_frames": 20, "rounds": 5, "settle": 8, "cache": [8192]}
 SMALL = {"context": [16], "frames": 4, "slow_frames": 2, "rounds": 2, "settle": 2, "cache": [64]}
 
 
@@ -53,7 +54,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="torch device (default: cuda)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--context", type=int, nargs="+", help="prompt lengths (default: 128 512 2048 4096)")
+    lengths = " ".join(map(str, CONTEXTS))
+    parser.add_argument(
+        "--context",
+        type=int,
+        nargs="+",
+        help=f"prompt lengths (default: {lengths}); 0: the shortest that can be checked",
+    )
     parser.add_argument("--frames", type=int, help="frames that a measurement decodes (default: 200)")
     parser.add_argument("--slow-frames", type=int, help="the same without graph or compilation (default: 20)")
     parser.add_argument("--rounds", type=int, help="measurements a row; the median counts (default: 5)")
@@ -72,9 +79,13 @@ def parse() -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, value)
     counts = options.frames, options.slow_frames, options.rounds
-    if min(options.context) <= FORCED or options.settle < 2 or min(counts) < 1:
-        parser.error(f"--context must be over {FORCED}; --settle at least 2, --frames, --slow-frames and --rounds 1")
+    if any(0 != context <= FORCED for context in options.context) or options.settle < 2 or min(counts) < 1:
+        parser.error(f"--context must be 0 or over {FORCED}; --settle at least 2, the other counts at least 1")
     return options
+
+
+def prompt_length(context: int) -> int:
+    return max(context, FORCED + 1)
 
 
 @dataclass
@@ -156,7 +167,7 @@ class Bench:
 
     def yardstick(self, model: Any, context: int) -> Yardstick:
         """The truth from the reference in float64 on the same weights."""
-        prompt = demo._prompt(model, context)
+        prompt = demo._prompt(model, prompt_length(context))
         with patched(model, {"backend": "reference", "graph": False}) as engine:
             config, weights = engine.config, engine.weights
         plain = Engine(config, weights, backend="reference")
@@ -168,7 +179,8 @@ class Bench:
         with torch.inference_mode():
             reference = Engine(config, weights.to(torch.float64), backend="reference")
             reference.prefill(prompt[:, :-FORCED])
-            truth = [reference.slow_step(prompt[:, t : t + 1], t)[0] for t in range(context - FORCED, context)]
+            last = range(prompt.shape[1] - FORCED, prompt.shape[1])
+            truth = [reference.slow_step(prompt[:, t : t + 1], t)[0] for t in last]
         forget_caches(model)
         return Yardstick(prompt, torch.cat(truth), rows.ids.long(), every)
 
@@ -179,7 +191,7 @@ class Bench:
                 "name": contender.name, "rows": contender.rows, "cache": cache, "context": context,
             }  # fmt: skip
             self.rows.append(row)
-            needed = context + self.options.settle + contender.frames + 1
+            needed = prompt_length(context) + self.options.settle + contender.frames + 1
             if contender.refused:
                 row["refused"] = contender.refused
             elif needed > cache:
@@ -329,7 +341,11 @@ class Bench:
         """Seconds from patch to the first frame, each in a process of its own."""
         command = [sys.executable, str(Path(__file__).with_name("bench_startup.py"))]
         command += ["--device", self.options.device, "--dtype", self.options.dtype, "--cache", str(cache)]
-        command += ["--context", str(self.options.context[0]), *(["--small"] if self.options.small else [])]
+        command += [
+            "--context",
+            str(prompt_length(self.options.context[0])),
+            *(["--small"] if self.options.small else []),
+        ]
         times = self.result["patch_to_first_frame"] = {}
         with tempfile.TemporaryDirectory() as empty:
             cold = {"S1KERNELS_CUDA_PROVIDER": "nvrtc", "S1KERNELS_CACHE_DIR": empty}

@@ -52,7 +52,7 @@ def run_frame(bench, monkeypatch, tmp_path):
 
 def test_bench_frame_side_by_side(run_frame, monkeypatch, capsys):
     monkeypatch.setenv("S1KERNELS_COMMIT", "0123abc")
-    result = run_frame("--cache", "64", "32")
+    result = run_frame("--cache", "64", "32", "--context", "0")
     rows = {(row["name"], row["rows"], row["cache"]): row for row in result["rows"]}
     assert set(rows) == {
         ("upstream eager", "all", 64), ("upstream eager", "all", 32), ("upstream captured", "all", 64),
@@ -74,10 +74,37 @@ def test_bench_frame_side_by_side(run_frame, monkeypatch, capsys):
     assert result["patch_to_first_frame"]["cpu"]["patch_to_first_frame"] > 0
     origin = result["provenance"]
     assert origin["commit"] == "0123abc" and origin["torch"] == torch.__version__
-    assert origin["command"].endswith("--json frame.json --cache 64 32")
+    assert origin["command"].endswith("--json frame.json --cache 64 32 --context 0")
     table = capsys.readouterr().out
     for text in ("ms/frame", "upstream eager", "s1kernels graph", "% of reads", "needs a CUDA device"):
         assert text in table
+
+
+def test_bench_endurance_compares_runs(bench, monkeypatch, tmp_path, capsys):
+    endurance, path = bench("bench_endurance"), tmp_path / "endurance.json"
+    arguments = [
+        "bench_endurance.py",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--small",
+        "--frames",
+        "5",
+        "--run",
+        "2",
+    ]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--json", str(path)])
+    assert endurance.main() == 0
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert (result["frames"], result["runs"], result["same"], result["persistent"]) == (6, 3, 3, False)
+
+    generate, seeds = endurance.Engine.generate, iter(range(9))
+    monkeypatch.setattr(
+        endurance.Engine, "generate", lambda self, *given, seed: generate(self, *given, seed=next(seeds))
+    )
+    assert endurance.main() == 1
+    assert "of 3 runs are the first's" in capsys.readouterr().out
 
 
 def test_readme_has_the_results_numbers():
