@@ -40,14 +40,13 @@ struct PersistentFrame : FrameDraws<T> {
     sync_workers();
     for (int p = 0; p < a.phase_count; ++p) {
       const Phase& f = s.phases[p % 8];
-      const int half = p % 2;
       this->read_thread();
       copies_done();  // of phase p + 3, which a barrier of this one or the next two shows to all
       fetch_phase(p + 4);
       if (a.times && this->thread == 0 && this->block() == 0) a.times[p] = nanoseconds();
       switch (f.kind) {
         case kQkv:
-          this->template qkv<4>(f, half);
+          this->template qkv<4>(f);
           break;
         case kAttend:
           this->attend(f);
@@ -56,22 +55,22 @@ struct PersistentFrame : FrameDraws<T> {
           this->combine(f);
           break;
         case kOutput:
-          this->output(f, half);
+          this->output(f);
           break;
         case kSwiglu:
-          this->swiglu(f, half);
+          this->swiglu(f);
           break;
         case kFastQkv:
-          this->template qkv<2>(f, half);
+          this->template qkv<2>(f);
           break;
         case kFastOutput:
-          this->fast_output(f, half);
+          this->fast_output(f);
           break;
         case kHead:
-          this->head(f, half);
+          this->head(f);
           break;
         default:
-          this->fast_head(f, half);
+          this->fast_head(f);
       }
     }
     if (blockIdx.x != 0) return;

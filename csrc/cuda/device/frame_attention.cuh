@@ -257,20 +257,20 @@ struct FrameAttention : FrameProjections<T> {
   }
 
   // A projection back into the residual stream.
-  __device__ __forceinline__ void output(const Phase& f, int half) {
+  __device__ __forceinline__ void output(const Phase& f) {
     switch (f.slices) {
       case 1:
-        return output<1>(f, half);
+        return output<1>(f);
       case 2:
-        return output<2>(f, half);
+        return output<2>(f);
       default:
-        return output<3>(f, half);
+        return output<3>(f);
     }
   }
 
   template <int kSlices>
-  __device__ __forceinline__ void output(const Phase& f, int half) {
-    this->template project_residual<kSlices>(f, half, [&](Vec16(&x)[kSlices]) {
+  __device__ __forceinline__ void output(const Phase& f) {
+    this->template project_residual<kSlices>(f, [&](Vec16(&x)[kSlices]) {
       const int vector = this->part_is_there(f) ? this->part_vector() : 0;
       const int column = (vector * kWidth + warp() * 64) * kSlices + this->part_column();
       waiting.take4s(a.words + f.in + column / 2, 32, x);
@@ -279,9 +279,9 @@ struct FrameAttention : FrameProjections<T> {
 
   // Fast attention, by every block alike, and its projection: a warp's columns are a query head, so that it needs no
   // other's. While the inputs are on their way, the first layer draws the noise of the code that will come of them.
-  __device__ __forceinline__ void fast_output(const Phase& f, int half) {
+  __device__ __forceinline__ void fast_output(const Phase& f) {
     if (f.layer == 0) draw_noise(f.position + f.vectors);
-    this->template project_residual<1>(f, half, [&](Vec16(&x)[1]) {
+    this->template project_residual<1>(f, [&](Vec16(&x)[1]) {
       if (f.vectors == 2) {
         x[0] = fast_attention<2, 1>(f);
       } else {

@@ -109,7 +109,7 @@ struct FrameProjections {
     }
   };
   // Of this lane's row: in lane % 4 = 2v the product with vector v's high part, in 2v + 1 with its low part.
-  __device__ __forceinline__ float result(const float (&sum)[4]) const {
+  __device__ __forceinline__ float product(const float (&sum)[4]) const {
     return lane() / 4 % 2 ? sum[1] + sum[2] : sum[0] + sum[3];
   }
 
@@ -119,39 +119,70 @@ struct FrameProjections {
   __device__ __forceinline__ bool part_is_low() const { return lane() / 8 % 2 != 0; }
   __device__ __forceinline__ bool part_is_there(const Phase& f) const { return part_vector() < f.vectors; }
 
-  // A result, when all warps have left their sums.
-  __device__ __forceinline__ float total(int half, int vector, int row) const {
-    float y[4];
+  // When all warps have left their sums, a warp has the results of eight rows: four lanes each, which have a part of
+  // the sums each.
+  __device__ __forceinline__ int result_row() const { return lane() / 4; }
+  __device__ __forceinline__ bool result_is_here() const { return lane() % 4 == 0; }
+  // kTotals times the total of kCount numbers, for all four lanes.
+  template <int kCount, int kTotals>
+  __device__ __forceinline__ void add_up(const float* const (&numbers)[kTotals], float (&y)[kTotals]) const {
 #pragma unroll
-    for (int w = 0; w < kWorkers; ++w) y[w % 4] = (w < 4 ? 0.0f : y[w % 4]) + s.partial[half][w][vector][row];
-    return (y[0] + y[1]) + (y[2] + y[3]);
+    for (int j = 0; j < kTotals; ++j) {
+      const float4* mine = reinterpret_cast<const float4*>(numbers[j] + lane() % 4 * (kCount / 4));
+      float4 q = mine[0];
+#pragma unroll
+      for (int i = 1; i < kCount / 16; ++i) q = {q.x + mine[i].x, q.y + mine[i].y, q.z + mine[i].z, q.w + mine[i].w};
+      y[j] = (q.x + q.y) + (q.z + q.w);
+    }
+#pragma unroll
+    for (int offset = 2; offset > 0; offset /= 2)
+#pragma unroll
+      for (int j = 0; j < kTotals; ++j) y[j] += __shfl_xor_sync(kAllLanes, y[j], offset);
   }
+  // Results of a phase on normalised vectors: of row `row` and every eighth from it on.
+  template <int kRows>
+  __device__ __forceinline__ void results(int vector, int row, float (&y)[kRows]) const {
+    constexpr bool kScaled = kScaleBeforeRounding<T>;
+    const float* numbers[kRows + !kScaled];
+    float total[kRows + !kScaled];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) numbers[i] = s.partial[vector][row + i * kTileRows];
+    if constexpr (!kScaled) numbers[kRows] = s.squares[vector];
+    add_up<2 * kWorkers>(numbers, total);
+    const float scale = kScaled ? 1.0f : scale_of(total[kRows - kScaled]);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) y[i] = total[i] * scale;
+  }
+  __device__ __forceinline__ float result(int vector, int row) const {
+    float y[1];
+    results(vector, row, y);
+    return y[0];
+  }
+  // 1/rms, from the sum of squares.
+  __device__ __forceinline__ float scale_of(float square) const { return rsqrtf(square * (1.0f / kWidth) + a.eps); }
 
   // The offset of this lane's row in a tile of 1024 columns, of which its warp has 64.
   __device__ __forceinline__ int tile_row() const { return lane() / 4 * kRowBytes + warp() * 128; }
 
   // Tiles times normalised vectors; the sums go to `to` and on.
   template <int kTiles>
-  __device__ __forceinline__ void multiply_tiles(const Held<kTiles>& held, const Vec16& x, int vectors, int half,
-                                                 int to) {
+  __device__ __forceinline__ void multiply_tiles(const Held<kTiles>& held, const Vec16& x, int vectors, int to) {
     float y[kTiles];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       held.multiply(sum, i, x);
-      y[i] = result(sum);
+      y[i] = product(sum);
     }
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) y[i] += __shfl_xor_sync(kAllLanes, y[i], 1);
     const int vector = lane() % 4 / 2;
-    if (lane() % 2 != 0 || vector >= vectors) return;
+    if (vector >= vectors) return;
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) s.partial[half][warp()][vector][to + i * kTileRows + lane() / 4] = y[i];
+    for (int i = 0; i < kTiles; ++i) s.partial[vector][to + i * kTileRows + lane() / 4][2 * warp() + lane() % 2] = y[i];
   }
 
-  // A phase of kTiles tiles on normalised vectors: total() of a row, times norm_scale(), is its result.
+  // A phase of kTiles tiles on normalised vectors, up to its results.
   template <int kTiles>
-  __device__ __forceinline__ void project_normed(const Phase& f, int half) {
+  __device__ __forceinline__ void project_normed(const Phase& f) {
     constexpr int kStep = kTileRows * kRowBytes, kEarly = kTiles < kEarlyTiles ? kTiles : kEarlyTiles;
     const RingCursor<kSlots> at{f.slot, f.parity};
     Held<kEarly> early;
@@ -159,9 +190,9 @@ struct FrameProjections {
     await(at, 2 * kEarly);
     early.load(*this, at.slot, tile_row(), kStep);
     release(at, 2 * kEarly);
-    const Vec16 x = normed_operand(f, half, weights);
+    const Vec16 x = normed_operand(f, weights);
     read_thread();
-    multiply_tiles(early, x, f.vectors, half, 0);
+    multiply_tiles(early, x, f.vectors, 0);
     if constexpr (kEarly < kTiles) {
       constexpr int kRest = kTiles - kEarly;
       const RingCursor<kSlots> rest = at.ahead(2 * kEarly);
@@ -169,7 +200,7 @@ struct FrameProjections {
       await(rest, 2 * kRest);
       late.load(*this, rest.slot, tile_row(), kStep);
       release(rest, 2 * kRest);
-      multiply_tiles(late, x, f.vectors, half, kEarly * kTileRows);
+      multiply_tiles(late, x, f.vectors, kEarly * kTileRows);
     }
     sync_workers();
   }
@@ -177,7 +208,7 @@ struct FrameProjections {
   // A phase of one tile, kSlices * 1024 columns wide, on vectors as they are, which operands() gets for this warp's
   // columns: its 8 rows are added to the residual stream.
   template <int kSlices, class Operands>
-  __device__ __forceinline__ void project_residual(const Phase& f, int half, Operands operands) {
+  __device__ __forceinline__ void project_residual(const Phase& f, Operands operands) {
     const RingCursor<kSlots> at{f.slot, f.parity};
     Held<kSlices> held;
     Vec16 x[kSlices];
@@ -190,36 +221,29 @@ struct FrameProjections {
 #pragma unroll
     for (int i = 0; i < kSlices; ++i) {
       float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-      held.multiply(sum, i, part_is_there(f) && !part_is_low() ? x[i] : Vec16{});
-      y += result(sum);
+      held.multiply(sum, i, x[i]);
+      y += product(sum);
     }
-    if (lane() % 2 == 0 && lane() % 4 / 2 < f.vectors) s.partial[half][warp()][lane() % 4 / 2][lane() / 4] = y;
+    if (lane() % 2 == 0 && lane() % 4 / 2 < f.vectors) s.own_partial[lane() % 4 / 2][lane() / 4][warp()] = y;
     sync_workers();
-    const int vector = lane() / kOwnRows, row = lane() % kOwnRows;
-    if (warp() != 0 || vector >= f.vectors) return;
-    y = rounded<T>(s.own[vector][row] + total(half, vector, row));
-    s.own[vector][row] = y;
-    put_pair(f, vector, row, y);
+    const int vector = warp(), row = result_row();
+    if (vector >= f.vectors) return;
+    uint32* place = place_of(f, vector, row);
+    const float own = result_is_here() ? s.own[vector][row] : 0.0f;
+    float total[1];
+    add_up<kWorkers>({s.own_partial[vector][row]}, total);
+    y = rounded<T>(own + total[0]);
+    if (result_is_here()) s.own[vector][row] = y;
+    put_pair(place, y);
   }
 
-  // Passes the results of rows `row` and `row` + 1 on, which this lane and the next have; `row` is this block's.
-  __device__ __forceinline__ void put_pair(const Phase& f, int vector, int row, float y) {
-    const float next = __shfl_down_sync(__activemask(), y, 1);
-    if (row % 2 == 0) put_word(a.words + (f.out + (vector * f.rows + first_row(f) + row) / 2), pack<T>(y, next));
+  // Where the result of a row of this block goes, and that of the next, which is in this warp as well.
+  __device__ __forceinline__ uint32* place_of(const Phase& f, int vector, int row) const {
+    return a.words + (f.out + (vector * f.rows + first_row(f) + row) / 2);
   }
-
-  // 1/rms of a vector, if it is not in the staged vector already.
-  __device__ __forceinline__ float norm_scale(int half, int vector) const {
-    return kScaleBeforeRounding<T> ? 1.0f : scale_of(half, vector);
-  }
-  __device__ __forceinline__ float scale_of(int half, int vector) const {
-    float square[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int w = 0; w < 2 * kWorkers; w += 4) {
-      const float4 q = *reinterpret_cast<const float4*>(s.squares[half][vector] + w);
-      square[w / 4 % 4] += (q.x + q.y) + (q.z + q.w);
-    }
-    return rsqrtf(((square[0] + square[1]) + (square[2] + square[3])) * (1.0f / kWidth) + a.eps);
+  __device__ __forceinline__ void put_pair(uint32* place, float y) {
+    const float next = __shfl_down_sync(kAllLanes, y, 4);
+    if (lane() % 8 == 0) put_word(place, pack<T>(y, next));
   }
 
   // Puts the vectors that a stack begins with where normed_operand() finds them.
@@ -265,7 +289,7 @@ struct FrameProjections {
     return load_vec(reinterpret_cast<const T*>(f.norm_weight) + (warp() * 64 + part_column()));
   }
   // This lane's part of x * norm_weight.
-  __device__ __forceinline__ Vec16 normed_operand(const Phase& f, int half, const Vec16& weights) {
+  __device__ __forceinline__ Vec16 normed_operand(const Phase& f, const Vec16& weights) {
     const int vector = part_is_there(f) ? part_vector() : 0, column = warp() * 64 + part_column();
     Vec16 x, part;
     if (f.source == kWords) {
@@ -274,12 +298,12 @@ struct FrameProjections {
       x = load_vec(s.begin[vector] + column / 2);
     }
     if (f.kind == kHead && lane() < 8) store_vec(s.hidden + column / 2, x);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x.word[i] = part_is_there(f) ? x.word[i] : 0u;
-    put_squares(half, x);
+    put_squares(x);
     if constexpr (kScaleBeforeRounding<T>) {
       sync_workers();
-      const float scale = scale_of(half, vector);
+      float square[1];
+      add_up<2 * kWorkers>({s.squares[vector]}, square);
+      const float scale = scale_of(square[0]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 v = unpack<T>(x.word[i]), n = unpack<T>(weights.word[i]);
@@ -299,52 +323,55 @@ struct FrameProjections {
     return part;
   }
   // Leaves the sums of squares of this warp's columns, on tensor cores: row and column g of x times itself.
-  __device__ __forceinline__ void put_squares(int half, const Vec16& x) {
+  __device__ __forceinline__ void put_squares(const Vec16& x) {
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     Mma<T>::add(sum, x.word[0], 0u, x.word[1], 0u, x.word[0], x.word[1]);
     Mma<T>::add(sum, x.word[2], 0u, x.word[3], 0u, x.word[2], x.word[3]);
     const int g = lane() / 4;
-    if (lane() % 4 == g / 2 && !part_is_low())
-      s.squares[half][part_vector()][2 * warp() + g % 2] = g % 2 ? sum[1] : sum[0];
+    if (lane() % 4 == g / 2 && !part_is_low()) s.squares[part_vector()][2 * warp() + g % 2] = g % 2 ? sum[1] : sum[0];
   }
 
-  // A warp for each vector has the results of a phase, a lane a row. The fast stack's queries and keys leave rotated.
+  // The fast stack's queries and keys leave rotated.
   template <int kTiles>
-  __device__ __forceinline__ void qkv(const Phase& f, int half) {
+  __device__ __forceinline__ void qkv(const Phase& f) {
     if (f.source != kWords) {
       begin_stack(f);
       sync_workers();
     }
-    project_normed<kTiles>(f, half);
-    const int vector = warp(), row = lane();
-    if (vector >= f.vectors || row >= kTiles * kTileRows) return;
-    float y = total(half, vector, row) * norm_scale(half, vector);
-    if (f.kind == kFastQkv && first_row(f) < 24 * kFastDim) {
+    project_normed<kTiles>(f);
+    const int vector = warp() / kTiles, row = warp() % kTiles * kTileRows + result_row();
+    if (vector >= f.vectors) return;
+    uint32* place = place_of(f, vector, row);
+    const bool turned = f.kind == kFastQkv && first_row(f) < 24 * kFastDim;
+    const uint32 at = static_cast<uint32>(first_row(f) + row) % kFastDim;
+    const float2 angle = unpack<T>(*reinterpret_cast<const uint32*>(&s.angles[f.position + vector][at & ~1u]));
+    float y = result(vector, row);
+    if (turned) {
       y = rounded<T>(y);
-      const float other = __shfl_xor_sync(__activemask(), y, 1);
-      const uint32 at = static_cast<uint32>(first_row(f) + row) % kFastDim;
-      const float2 angle = unpack<T>(*reinterpret_cast<const uint32*>(&s.angles[f.position + vector][at & ~1u]));
+      const float other = __shfl_xor_sync(kAllLanes, y, 4);
       y = y * angle.x + (row % 2 == 0 ? -other : other) * angle.y;
     }
-    put_pair(f, vector, row, y);
+    put_pair(place, y);
   }
   template <int kTiles>
-  __device__ __forceinline__ void swiglu(const Phase& f, int half) {
-    project_normed<kTiles>(f, half);
-    const int vector = warp(), row = lane(), gate_at = row / kTileRows * 2 * kTileRows + row % kTileRows;
-    if (vector >= f.vectors || row >= kTiles / 2 * kTileRows) return;
-    const float scale = norm_scale(half, vector), gate = total(half, vector, gate_at) * scale;
-    const float up = total(half, vector, gate_at + kTileRows) * scale;
-    put_pair(f, vector, row, __fdividef(gate, 1.0f + __expf(-gate)) * up);
+  __device__ __forceinline__ void swiglu(const Phase& f) {
+    constexpr int kPairs = kTiles / 2;
+    project_normed<kTiles>(f);
+    const int vector = warp() / kPairs, tile = warp() % kPairs;
+    if (vector >= f.vectors) return;
+    uint32* place = place_of(f, vector, tile * kTileRows + result_row());
+    float y[2];
+    results(vector, tile * 2 * kTileRows + result_row(), y);
+    put_pair(place, __fdividef(y[0], 1.0f + __expf(-y[0])) * y[1]);
   }
-  __device__ __forceinline__ void swiglu(const Phase& f, int half) {
+  __device__ __forceinline__ void swiglu(const Phase& f) {
     switch (f.share) {
       case 8:
-        return swiglu<2>(f, half);
+        return swiglu<2>(f);
       case 16:
-        return swiglu<4>(f, half);
+        return swiglu<4>(f);
       default:
-        return swiglu<6>(f, half);
+        return swiglu<6>(f);
     }
   }
 };

@@ -160,13 +160,16 @@ struct Shared {
       float merged[kNearWarps][2][kSlowDim + 2];
     } slow;  // attention's of a warp, before the main draw
   };
-  float partial[2][kWorkers][2][48];  // a warp's part of a phase's results, by vector
+  // The warps' parts of a phase's results, by vector and row: with the high part of x and with the low one; of the
+  // residual stream's. A phase between two of a kind keeps them apart.
+  __align__(16) float partial[2][48][2 * kWorkers + 4];
+  __align__(16) float own_partial[2][kOwnRows][kWorkers + 4];
   T angles[kPlaces][kFastDim];
-  __align__(16) float squares[2][2][2 * kWorkers];  // of x, by vector and half a warp's columns
-  float own[2][kOwnRows];                           // this block's rows of the residual stream, by vector
-  float gumbel[1024];                               // of the fast code that is drawn next
-  uint32 begin[2][kWidth / 2];                      // what a stack begins with, by vector
-  uint32 hidden[kWidth / 2];                        // the slow stack's result
+  __align__(16) float squares[2][2 * kWorkers];  // of x, by vector and half a warp's columns
+  float own[2][kOwnRows];                        // this block's rows of the residual stream, by vector
+  float gumbel[1024];                            // of the fast code that is drawn next
+  uint32 begin[2][kWidth / 2];                   // what a stack begins with, by vector
+  uint32 hidden[kWidth / 2];                     // the slow stack's result
   uint64 full[kSlots], empty[kSlots], past_full;
   Ahead slots[2 * kSamplerWarps];
   Phase phases[8];  // this one, the next four, and those that some may still read
