@@ -253,7 +253,8 @@ struct FrameAttention : FrameProjections<T> {
 #pragma unroll
     for (int e = 0; e < 4; ++e) y[e] = warp_sum<kSplits>(weight * y[e]) * inverse;
     const int row = (2 * mine.head + mine.split / 8) * kSlowDim + mine.split % 8 * 16 + first;
-    if (part < 2) put_word(a.words + f.out + row / 2 + part, part == 0 ? pack<T>(y[0], y[1]) : pack<T>(y[2], y[3]));
+    uint32* to = a.words + f.out + this->operand_order(row / 2 + part);
+    if (part < 2) put_word(to, part == 0 ? pack<T>(y[0], y[1]) : pack<T>(y[2], y[3]));
   }
 
   // A projection back into the residual stream.
@@ -272,8 +273,8 @@ struct FrameAttention : FrameProjections<T> {
   __device__ __forceinline__ void output(const Phase& f) {
     this->template project_residual<kSlices>(f, [&](Vec16(&x)[kSlices]) {
       const int vector = this->part_is_there(f) ? this->part_vector() : 0;
-      const int column = (vector * kWidth + warp() * 64) * kSlices + this->part_column();
-      waiting.take4s(a.words + f.in + column / 2, 32, x);
+      const int word = vector * (kSlices * kWidth / 2) + warp() * 32 + this->part_word();
+      waiting.take4s(a.words + (f.in + word), kWidth / 2, x);
     });
   }
 
@@ -298,8 +299,8 @@ struct FrameAttention : FrameProjections<T> {
   // bank conflicts among eight positions that are read, nor among the three vectors that are written. Operand rows g
   // and g + 8 of all products belong to the vector and the columns that lane 4g has of the result. Scores: rows g have
   // the even pieces of the query, rows g + 8 the odd ones. Values: rows g have the high part of the weights, rows g + 8
-  // the low part; half of the inner indices are for the first 32 columns and half for the others, with zeros for those
-  // that are not the row's.
+  // the low part; half of the inner indices are for even words and half for odd ones, with zeros for those that are not
+  // the row's.
   template <int kVectors, int kTiles>
   __device__ __forceinline__ Vec16 fast_attention(const Phase& f) {
     const float scale = rsqrtf(static_cast<float>(kFastDim)) * kLog2e;
@@ -316,8 +317,7 @@ struct FrameAttention : FrameProjections<T> {
       const uint32 key = fresh ? heads + (place - position) * sizeof(s.heads[0][0]) + sizeof(s.heads[0][0][0])
                                : kept + place * sizeof(s.cache[0][0][0]);
       key_at[i] = key + ((matrix % 2 * 2 + matrix / 2) ^ place % 8 ^ 1) * 16;
-      value_at[i] = key + (fresh ? sizeof(s.heads[0][0][0]) : sizeof(s.cache[0][0])) +
-                    ((matrix % 2 * 4 + matrix / 2) ^ place % 8 ^ 2) * 16;
+      value_at[i] = key + (fresh ? sizeof(s.heads[0][0][0]) : sizeof(s.cache[0][0])) + (matrix ^ place % 8 ^ 2) * 16;
     }
     Vec16 x[kVectors];
     const uint32 kind = min(matrix, 2u), head = kind == 0 ? h : 8 + 8 * kind + h / 2;  // the last eight lanes repeat
@@ -338,7 +338,7 @@ struct FrameAttention : FrameProjections<T> {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) value[i][j] = load_transposed(value_at[i] ^ (j * 32));
+      for (int j = 0; j < 2; ++j) value[i][j] = load_transposed(value_at[i] ^ (j * 64));
     }
     float score[kTiles][2], top = -infinity();
 #pragma unroll
@@ -357,7 +357,7 @@ struct FrameAttention : FrameProjections<T> {
       }
     }
     top = warp_max<4>(top) * scale;
-    const bool low = lane / 4 % 2 == 0;  // columns
+    const bool low = lane / 4 % 2 == 0;  // words
     const uint32 ones = pack<T>(1.0f, 1.0f);
     float sum[4][4] = {}, total[4] = {};
 #pragma unroll

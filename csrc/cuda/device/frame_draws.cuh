@@ -40,7 +40,7 @@ struct FrameDraws : FrameAttention<T> {
       const int to = step % 2 * kRows;
       typename Base::template Held<2> held;
       this->await(at, kUnits);
-      held.load(*this, at.slot, this->tile_row(), kTileRows * kRowBytes);
+      this->load_tiles(held, at.slot);
       this->release(at, kUnits);
       this->multiply_tiles(held, x, 1, to);
       sync_workers();

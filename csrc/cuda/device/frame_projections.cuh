@@ -1,12 +1,13 @@
 // The persistent frame kernel's stream of weights, and the phases that multiply them.
 //
 // A block multiplies its rows of a matrix, 8 of them a tile, on tensor cores. Every warp has a sixteenth of the columns
-// of all tiles; the warps' sums meet in shared memory. An mma takes 64 columns of a tile: its operand rows 0 to 7 are
-// 32 of them and rows 8 to 15 the other 32, its eight operand columns are the two halves of x, of up to two vectors, of
-// the high part (x rounded to T) and the low part (what that left). Half of the results are of no use, in exchange for
-// 16-byte loads without bank conflicts: lanes of odd rows take the halves in the other order. A warp polls for the
-// words of its own columns, lanes for those of their part of the operand, so that no warp waits for another before the
-// sums.
+// of all tiles; the warps' sums meet in shared memory. An mma takes 32 columns of a tile, 16 bytes a lane as they come:
+// its operand rows 0 to 7 are the even words of these and rows 8 to 15 the odd words, its eight operand columns are the
+// even and the odd words of x, of the high part (x rounded to T) and the low part (what that left), of up to two
+// vectors. Half of the results are of no use, in exchange for 16-byte loads that are operands. Eight lanes load from
+// two rows, which lie in neighbouring units and so in different banks. A warp polls for the words of its own columns,
+// lanes for those of their part of the operand, so that no warp waits for another before the sums. Vectors that are
+// multiplied are passed on in the operand's order: word 16s + 4t + 2m + h of 32 as word 16h + 4t + 2s + m.
 #pragma once
 
 #include "frame_state.cuh"
@@ -48,7 +49,7 @@ struct FrameProjections {
         (f.second && u / 2 % 2 ? f.second : f.weight) + static_cast<int64>(first_row(f)) * row_bytes + at;
     barrier_expect(s.full + slot, bytes);
     if (bytes > 0)
-      bulk_copy_once(s.ring + slot * kUnitBytes, reinterpret_cast<const void*>(from), bytes, s.full + slot);
+      bulk_copy_once(s.ring + slot * kSlotBytes, reinterpret_cast<const void*>(from), bytes, s.full + slot);
   }
 
   __device__ __forceinline__ int lane() const { return static_cast<int>(static_cast<uint32>(thread) % 32); }
@@ -84,40 +85,55 @@ struct FrameProjections {
     each_unit(at, units, [&](const RingCursor<kSlots>& u) { barrier_arrive(s.empty + u.slot); });
   }
 
+  struct Spot {
+    int unit, bytes;  // the number of the unit, and how many bytes from the first one's begin on
+  };
   // A lane's weights: of kCount tiles, 64 columns each, or of one tile and kCount times 64 columns.
   template <int kCount>
   struct Held {
-    Vec16 first[kCount], second[kCount];  // 8 of the first 32 columns and of the other; reversed in odd rows
+    Vec16 part[kCount][2];  // 8 of the first 32 columns, and of the other
 
-    // `row` is the offset of this lane's row in the units from slot `slot` on, `step` from one of the count to the
-    // next.
-    __device__ __forceinline__ void load(const FrameProjections& frame, int slot, int row, int step) {
-      const int other = frame.lane() / 4 % 2 ? -64 : 64;
-      const int start = slot * kUnitBytes + row + frame.lane() % 4 * 16 + (64 - other) / 2;
+    // at(i): where in the ring this lane's row is, from `first` bytes behind slot `slot` on.
+    template <class At>
+    __device__ __forceinline__ void load(const FrameProjections& frame, int slot, int first, At at) {
+      const unsigned char* here = frame.s.ring + slot * kSlotBytes + first + frame.warp() * 128 + frame.lane() % 4 * 16;
+      const unsigned char* wrapped = here - kSlots * kSlotBytes;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        int at = start + i * step;
-        if (at >= kSlots * kUnitBytes) at -= kSlots * kUnitBytes;
-        first[i] = load_vec(frame.s.ring + at);
-        second[i] = load_vec(frame.s.ring + at + other);
+        const Spot spot = at(i);
+        const unsigned char* from = (slot + spot.unit < kSlots ? here : wrapped) + spot.bytes;
+        part[i][0] = load_vec(from);
+        part[i][1] = load_vec(from + 64);
       }
     }
     __device__ __forceinline__ void multiply(float (&sum)[4], int i, const Vec16& x) const {
-      const Vec16 &v = first[i], &w = second[i];
-      Mma<T>::add(sum, v.word[0], w.word[0], v.word[1], w.word[1], x.word[0], x.word[1]);
-      Mma<T>::add(sum, v.word[2], w.word[2], v.word[3], w.word[3], x.word[2], x.word[3]);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const Vec16& w = part[i][j];
+        Mma<T>::add(sum, w.word[0], w.word[1], w.word[2], w.word[3], x.word[2 * j], x.word[2 * j + 1]);
+      }
     }
   };
   // Of this lane's row: in lane % 4 = 2v the product with vector v's high part, in 2v + 1 with its low part.
-  __device__ __forceinline__ float product(const float (&sum)[4]) const {
-    return lane() / 4 % 2 ? sum[1] + sum[2] : sum[0] + sum[3];
+  static __device__ __forceinline__ float product(const float (&sum)[4]) { return sum[0] + sum[3]; }
+
+  // The row of a tile, kSlices * 1024 columns wide, that this lane has. In lanes 8j to 8j + 3 and the next four it is
+  // in units that are an odd number apart, whichever slice it is.
+  template <int kSlices>
+  __device__ __forceinline__ int held_row() const {
+    const int g = lane() / 4;
+    return kSlices % 2 ? g % 2 * 4 + g / 2 : g % 2 * 2 + g / 2 % 2 + g / 4 * 4;
   }
 
-  // This lane's part of an operand of 64 columns: of which vector, which eight columns, high or low part.
+  // This lane's part of an operand of 64 columns: of which vector, which four words, high or low part.
   __device__ __forceinline__ int part_vector() const { return lane() / 16; }
-  __device__ __forceinline__ int part_column() const { return lane() / 4 % 2 * 32 + lane() % 4 * 8; }
+  __device__ __forceinline__ int part_word() const { return lane() / 4 % 2 * 16 + lane() % 4 * 4; }
   __device__ __forceinline__ bool part_is_low() const { return lane() / 8 % 2 != 0; }
   __device__ __forceinline__ bool part_is_there(const Phase& f) const { return part_vector() < f.vectors; }
+  // Where word `word` of a vector is.
+  static __device__ __forceinline__ int operand_order(int word) {
+    return (word & ~19) | (word & 1) << 4 | (word >> 4 & 1) << 1 | (word >> 1 & 1);
+  }
 
   // When all warps have left their sums, a warp has the results of eight rows: four lanes each, which have a part of
   // the sums each.
@@ -161,8 +177,12 @@ struct FrameProjections {
   // 1/rms, from the sum of squares.
   __device__ __forceinline__ float scale_of(float square) const { return rsqrtf(square * (1.0f / kWidth) + a.eps); }
 
-  // The offset of this lane's row in a tile of 1024 columns, of which its warp has 64.
-  __device__ __forceinline__ int tile_row() const { return lane() / 4 * kRowBytes + warp() * 128; }
+  // Loads tiles of 1024 columns, two units each, which the ring's end does not part.
+  template <int kTiles>
+  __device__ __forceinline__ void load_tiles(Held<kTiles>& held, int slot) const {
+    const int row = lane() / 4 % 2 * kSlotBytes + lane() / 8 * kRowBytes;
+    held.load(*this, slot, row, [&](int i) { return Spot{2 * i, 2 * i * kSlotBytes}; });
+  }
 
   // Tiles times normalised vectors; the sums go to `to` and on.
   template <int kTiles>
@@ -177,18 +197,19 @@ struct FrameProjections {
     const int vector = lane() % 4 / 2;
     if (vector >= vectors) return;
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) s.partial[vector][to + i * kTileRows + lane() / 4][2 * warp() + lane() % 2] = y[i];
+    for (int i = 0; i < kTiles; ++i)
+      s.partial[vector][to + i * kTileRows + held_row<1>()][2 * warp() + lane() % 2] = y[i];
   }
 
   // A phase of kTiles tiles on normalised vectors, up to its results.
   template <int kTiles>
   __device__ __forceinline__ void project_normed(const Phase& f) {
-    constexpr int kStep = kTileRows * kRowBytes, kEarly = kTiles < kEarlyTiles ? kTiles : kEarlyTiles;
+    constexpr int kEarly = kTiles < kEarlyTiles ? kTiles : kEarlyTiles;
     const RingCursor<kSlots> at{f.slot, f.parity};
     Held<kEarly> early;
     const Vec16 weights = norm_weights(f);
     await(at, 2 * kEarly);
-    early.load(*this, at.slot, tile_row(), kStep);
+    load_tiles(early, at.slot);
     release(at, 2 * kEarly);
     const Vec16 x = normed_operand(f, weights);
     read_thread();
@@ -198,7 +219,7 @@ struct FrameProjections {
       const RingCursor<kSlots> rest = at.ahead(2 * kEarly);
       Held<kRest> late;
       await(rest, 2 * kRest);
-      late.load(*this, rest.slot, tile_row(), kStep);
+      load_tiles(late, rest.slot);
       release(rest, 2 * kRest);
       multiply_tiles(late, x, f.vectors, kEarly * kTileRows);
     }
@@ -213,7 +234,10 @@ struct FrameProjections {
     Held<kSlices> held;
     Vec16 x[kSlices];
     await(at, 2 * kSlices);
-    held.load(*this, at.slot, (lane() / 4 * kSlices * kWidth + warp() * kSlices * 64) * 2, 128);
+    held.load(*this, at.slot, 0, [&](int i) {
+      const int row = held_row<kSlices>() * kSlices + i, unit = row / kUnitRows;
+      return Spot{unit, unit * kSlotBytes + row % kUnitRows * kRowBytes};
+    });
     release(at, 2 * kSlices);
     operands(x);
     read_thread();
@@ -224,11 +248,11 @@ struct FrameProjections {
       held.multiply(sum, i, x[i]);
       y += product(sum);
     }
-    if (lane() % 2 == 0 && lane() % 4 / 2 < f.vectors) s.own_partial[lane() % 4 / 2][lane() / 4][warp()] = y;
+    if (lane() % 2 == 0 && lane() % 4 / 2 < f.vectors) s.own_partial[lane() % 4 / 2][held_row<kSlices>()][warp()] = y;
     sync_workers();
     const int vector = warp(), row = result_row();
     if (vector >= f.vectors) return;
-    uint32* place = place_of(f, vector, row);
+    uint32* place = operand_place(f, vector, row);
     const float own = result_is_here() ? s.own[vector][row] : 0.0f;
     float total[1];
     add_up<kWorkers>({s.own_partial[vector][row]}, total);
@@ -239,7 +263,10 @@ struct FrameProjections {
 
   // Where the result of a row of this block goes, and that of the next, which is in this warp as well.
   __device__ __forceinline__ uint32* place_of(const Phase& f, int vector, int row) const {
-    return a.words + (f.out + (vector * f.rows + first_row(f) + row) / 2);
+    return a.words + (f.out + ((vector * f.rows + first_row(f) + row) >> 1));
+  }
+  __device__ __forceinline__ uint32* operand_place(const Phase& f, int vector, int row) const {
+    return a.words + (f.out + (vector * f.rows >> 1) + operand_order((first_row(f) + row) >> 1));
   }
   __device__ __forceinline__ void put_pair(uint32* place, float y) {
     const float next = __shfl_down_sync(kAllLanes, y, 4);
@@ -251,7 +278,9 @@ struct FrameProjections {
     const int vector = warp() / 8, column = thread % 256 * 4;
     if (vector >= f.vectors) return;
     const uint2 x = source(f, vector, column);
-    *reinterpret_cast<uint2*>(s.begin[vector] + column / 2) = x;
+    uint32* to = s.begin[vector] + operand_order(column / 2);
+    to[0] = x.x;
+    to[16] = x.y;
     const int own = column - static_cast<int>(blockIdx.x) * kOwnRows;
     if (own < 0 || own >= kOwnRows) return;
     const float2 v = unpack<T>(x.x), w = unpack<T>(x.y);
@@ -259,7 +288,8 @@ struct FrameProjections {
   }
   __device__ __forceinline__ uint2 source(const Phase& f, int vector, int column) const {
     if (f.source == kCodes) {
-      if (f.vectors == 2 && vector == 0) return *reinterpret_cast<const uint2*>(s.hidden + column / 2);
+      const uint32* hidden = s.hidden + operand_order(column / 2);
+      if (f.vectors == 2 && vector == 0) return {hidden[0], hidden[16]};
       return embedding(a.fast_embedding, s.code, column);
     }
     constexpr uint32 kNaN = 0x7fff7fffu;  // two of either 16-bit type
@@ -286,18 +316,20 @@ struct FrameProjections {
 
   // This lane's norm weights, for this warp's 64 columns.
   __device__ __forceinline__ Vec16 norm_weights(const Phase& f) const {
-    return load_vec(reinterpret_cast<const T*>(f.norm_weight) + (warp() * 64 + part_column()));
+    const uint32* from =
+        reinterpret_cast<const uint32*>(f.norm_weight) + (warp() * 32 + lane() % 4 * 4 + lane() / 4 % 2);
+    return {from[0], from[2], from[16], from[18]};
   }
   // This lane's part of x * norm_weight.
   __device__ __forceinline__ Vec16 normed_operand(const Phase& f, const Vec16& weights) {
-    const int vector = part_is_there(f) ? part_vector() : 0, column = warp() * 64 + part_column();
+    const int vector = part_is_there(f) ? part_vector() : 0, word = warp() * 32 + part_word();
     Vec16 x, part;
     if (f.source == kWords) {
-      x = waiting.take4(a.words + f.in + (vector * kWidth + column) / 2);
+      x = waiting.take4(a.words + (f.in + vector * (kWidth / 2) + word));
     } else {
-      x = load_vec(s.begin[vector] + column / 2);
+      x = load_vec(s.begin[vector] + word);
     }
-    if (f.kind == kHead && lane() < 8) store_vec(s.hidden + column / 2, x);
+    if (f.kind == kHead && lane() < 8) store_vec(s.hidden + word, x);
     put_squares(x);
     if constexpr (kScaleBeforeRounding<T>) {
       sync_workers();
@@ -359,7 +391,7 @@ struct FrameProjections {
     project_normed<kTiles>(f);
     const int vector = warp() / kPairs, tile = warp() % kPairs;
     if (vector >= f.vectors) return;
-    uint32* place = place_of(f, vector, tile * kTileRows + result_row());
+    uint32* place = operand_place(f, vector, tile * kTileRows + result_row());
     float y[2];
     results(vector, tile * 2 * kTileRows + result_row(), y);
     put_pair(place, __fdividef(y[0], 1.0f + __expf(-y[0])) * y[1]);

@@ -147,7 +147,7 @@ __device__ __forceinline__ int rows_here(const Phase& f) { return max(0, min(f.s
 
 template <class T>
 struct Shared {
-  unsigned char ring[kSlots * kUnitBytes];
+  unsigned char ring[kSlots * kSlotBytes];
   T heads[kWorkers][2][3][kFastDim];  // a warp's query, key and value in fast attention, by vector
   union {
     T cache[4][2][10][8][kFastDim];  // the fast stack's keys and values
