@@ -34,7 +34,10 @@ struct FrameDraws : FrameAttention<T> {
     constexpr int kRows = 2 * kTileRows, kUnits = kRows / kUnitRows;
     const int first = first_row(f), count = rows_here(f);
     prepare_rows(first, count);
-    const Vec16 x = this->normed_operand(f, this->norm_weights(f));
+    const int place = this->sums_place(1);
+    const Vec16 x = this->normed_operand(f, this->norm_weights(f), [&](const Vec16& words, int word) {
+      if (lane() < 8) store_vec(s.hidden + word, words);
+    });
     RingCursor<kSlots> at{f.slot, f.parity};
     for (int step = 0; step * kRows < f.share; ++step, at.advance(kUnits)) {
       const int to = step % 2 * kRows;
@@ -42,7 +45,7 @@ struct FrameDraws : FrameAttention<T> {
       this->await(at, kUnits);
       this->load_tiles(held, at.slot);
       this->release(at, kUnits);
-      this->multiply_tiles(held, x, 1, to);
+      this->multiply_tiles(held, x, place + to * kSums);
       sync_workers();
       if (warp() / 2 != step % (kWorkers / 2)) continue;
       const int row = warp() % 2 * kTileRows + this->result_row();

@@ -16,6 +16,9 @@ namespace s1 {
 
 template <class T>
 struct FrameProjections {
+  static constexpr uint32 kMinusZeros = 0x80008000u;
+  static constexpr int kNowhere = -(1 << 20);  // as a place in shared memory; so are places a little further on
+
   const PersistentFrameArgs& a;
   Shared<T>& s;
   Waiting waiting;
@@ -63,6 +66,12 @@ struct FrameProjections {
     int block;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
     return block;
+  }
+
+  // x, which the compiler is to work out here and not after the wait for words, where it would first be of use.
+  static __device__ __forceinline__ int now(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
   }
 
   // Calls f for units of the ring from `at` on, a lane for each, or every lane for all.
@@ -184,9 +193,14 @@ struct FrameProjections {
     held.load(*this, slot, row, [&](int i) { return Spot{2 * i, 2 * i * kSlotBytes}; });
   }
 
-  // Tiles times normalised vectors; the sums go to `to` and on.
+  // Where in s.partial this lane leaves the sums of the first tile; nowhere if its vector is not there.
+  __device__ __forceinline__ int sums_place(int vectors) const {
+    const int vector = lane() % 4 / 2, at = (vector * kMostRows + held_row<1>()) * kSums + 2 * warp() + lane() % 2;
+    return now(vector < vectors ? at : kNowhere);
+  }
+  // Tiles times normalised vectors; the sums go to `place` and on.
   template <int kTiles>
-  __device__ __forceinline__ void multiply_tiles(const Held<kTiles>& held, const Vec16& x, int vectors, int to) {
+  __device__ __forceinline__ void multiply_tiles(const Held<kTiles>& held, const Vec16& x, int place) {
     float y[kTiles];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
@@ -194,11 +208,9 @@ struct FrameProjections {
       held.multiply(sum, i, x);
       y[i] = product(sum);
     }
-    const int vector = lane() % 4 / 2;
-    if (vector >= vectors) return;
+    if (place < 0) return;
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i)
-      s.partial[vector][to + i * kTileRows + held_row<1>()][2 * warp() + lane() % 2] = y[i];
+    for (int i = 0; i < kTiles; ++i) s.partial[0][0][place + i * kTileRows * kSums] = y[i];
   }
 
   // A phase of kTiles tiles on normalised vectors, up to its results.
@@ -211,9 +223,9 @@ struct FrameProjections {
     await(at, 2 * kEarly);
     load_tiles(early, at.slot);
     release(at, 2 * kEarly);
-    const Vec16 x = normed_operand(f, weights);
-    read_thread();
-    multiply_tiles(early, x, f.vectors, 0);
+    const int place = sums_place(f.vectors);
+    const Vec16 x = normed_operand(f, weights, [](const Vec16&, int) {});
+    multiply_tiles(early, x, place);
     if constexpr (kEarly < kTiles) {
       constexpr int kRest = kTiles - kEarly;
       const RingCursor<kSlots> rest = at.ahead(2 * kEarly);
@@ -221,7 +233,7 @@ struct FrameProjections {
       await(rest, 2 * kRest);
       load_tiles(late, rest.slot);
       release(rest, 2 * kRest);
-      multiply_tiles(late, x, f.vectors, kEarly * kTileRows);
+      multiply_tiles(late, x, place + kEarly * kTileRows * kSums);
     }
     sync_workers();
   }
@@ -239,19 +251,22 @@ struct FrameProjections {
       return Spot{unit, unit * kSlotBytes + row % kUnitRows * kRowBytes};
     });
     release(at, 2 * kSlices);
+    const int vectors = now(f.vectors);
+    const bool there = lane() % 2 == 0 && lane() % 4 / 2 < vectors;
+    const int at_vector = lane() % 4 / 2 * kOwnRows;
+    const int to = now(there ? (at_vector + held_row<kSlices>()) * kOwnSums + warp() : kNowhere);
     operands(x);
-    read_thread();
-    float y = 0.0f;
+    float y;
 #pragma unroll
     for (int i = 0; i < kSlices; ++i) {
       float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       held.multiply(sum, i, x[i]);
-      y += product(sum);
+      y = i == 0 ? product(sum) : y + product(sum);
     }
-    if (lane() % 2 == 0 && lane() % 4 / 2 < f.vectors) s.own_partial[lane() % 4 / 2][held_row<kSlices>()][warp()] = y;
+    if (to >= 0) s.own_partial[0][0][to] = y;
     sync_workers();
     const int vector = warp(), row = result_row();
-    if (vector >= f.vectors) return;
+    if (vector >= vectors) return;
     uint32* place = operand_place(f, vector, row);
     const float own = result_is_here() ? s.own[vector][row] : 0.0f;
     float total[1];
@@ -320,17 +335,24 @@ struct FrameProjections {
         reinterpret_cast<const uint32*>(f.norm_weight) + (warp() * 32 + lane() % 4 * 4 + lane() / 4 % 2);
     return {from[0], from[2], from[16], from[18]};
   }
-  // This lane's part of x * norm_weight.
-  __device__ __forceinline__ Vec16 normed_operand(const Phase& f, const Vec16& weights) {
+  // This lane's part of x * norm_weight. taken(x, word) gets a word of a vector and those that follow, as they are.
+  template <class Taken>
+  __device__ __forceinline__ Vec16 normed_operand(const Phase& f, const Vec16& weights, Taken taken) {
     const int vector = part_is_there(f) ? part_vector() : 0, word = warp() * 32 + part_word();
+    const int squares = squares_place();
+    // What the product of bfloat16 numbers is rounded to is taken away from it in lanes of the low part, else zero.
+    Vec16 rounding{};
+    if constexpr (!kScaleBeforeRounding<T>)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) rounding.word[i] = now(part_is_low() ? weights.word[i] ^ kMinusZeros : 0u);
     Vec16 x, part;
     if (f.source == kWords) {
       x = waiting.take4(a.words + (f.in + vector * (kWidth / 2) + word));
     } else {
       x = load_vec(s.begin[vector] + word);
     }
-    if (f.kind == kHead && lane() < 8) store_vec(s.hidden + word, x);
-    put_squares(x);
+    taken(x, word);
+    put_squares(x, squares);
     if constexpr (kScaleBeforeRounding<T>) {
       sync_workers();
       float square[1];
@@ -346,21 +368,22 @@ struct FrameProjections {
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {  // a product of two bfloat16 is a sum of two, exactly
-        constexpr uint32 kMinusZeros = 0x80008000u;
-        part.word[i] = fma_pair(x.word[i], weights.word[i], kMinusZeros);
-        if (part_is_low()) part.word[i] = fma_pair(x.word[i], weights.word[i], part.word[i] ^ kMinusZeros);
-      }
+      for (int i = 0; i < 4; ++i)  // a product of two bfloat16 is a sum of two, exactly
+        part.word[i] = fma_pair(x.word[i], weights.word[i], fma_pair(x.word[i], rounding.word[i], kMinusZeros));
     }
     return part;
   }
-  // Leaves the sums of squares of this warp's columns, on tensor cores: row and column g of x times itself.
-  __device__ __forceinline__ void put_squares(const Vec16& x) {
-    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    Mma<T>::add(sum, x.word[0], 0u, x.word[1], 0u, x.word[0], x.word[1]);
-    Mma<T>::add(sum, x.word[2], 0u, x.word[3], 0u, x.word[2], x.word[3]);
-    const int g = lane() / 4;
-    if (lane() % 4 == g / 2 && !part_is_low()) s.squares[part_vector()][2 * warp() + g % 2] = g % 2 ? sum[1] : sum[0];
+  // Leaves the sums of squares of this warp's columns, on tensor cores: row g of x, or row g + 8, which is the other
+  // half of it, times column g.
+  __device__ __forceinline__ int squares_place() const {
+    const int g = lane() / 4, at = part_vector() * 2 * kWorkers + 2 * warp() + g % 2;
+    return now(lane() % 4 == g / 2 && !part_is_low() ? at : kNowhere);
+  }
+  __device__ __forceinline__ void put_squares(const Vec16& x, int place) {
+    float even[4] = {0.0f, 0.0f, 0.0f, 0.0f}, odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    Mma<T>::add(even, x.word[0], x.word[1], x.word[2], x.word[3], x.word[0], x.word[2]);
+    Mma<T>::add(odd, x.word[0], x.word[1], x.word[2], x.word[3], x.word[1], x.word[3]);
+    if (place >= 0) s.squares[0][place] = place % 2 ? even[1] + odd[3] : even[0] + odd[2];
   }
 
   // The fast stack's queries and keys leave rotated.

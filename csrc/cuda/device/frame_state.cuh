@@ -24,8 +24,11 @@ constexpr int kPartWords = 2 * (16 + 2);     // of 16 elements, with total, top 
 constexpr int kFastQkvRows = 32 * kFastDim;  // 16 query, 8 key and 8 value heads
 constexpr int kPlaces = 12;                  // fast positions at most
 constexpr int kOwnRows = 8;                  // of the residual stream
-constexpr int kMostLogits = 1280;            // main logits of a block
-constexpr int kEarlyTiles = 4;               // that a warp takes into registers before it waits
+constexpr int kMostRows = 48;                // of a phase on normalised vectors
+constexpr int kSums = 2 * kWorkers + 4;      // from a row's to the next's: without bank conflicts
+constexpr int kOwnSums = kWorkers + 4;
+constexpr int kMostLogits = 1280;  // main logits of a block
+constexpr int kEarlyTiles = 4;     // that a warp takes into registers before it waits
 
 enum Kind { kQkv, kAttend, kCombine, kOutput, kSwiglu, kFastQkv, kFastOutput, kHead, kFastHead };
 enum Source { kWords, kTokens, kCodes };
@@ -162,8 +165,8 @@ struct Shared {
   };
   // The warps' parts of a phase's results, by vector and row: with the high part of x and with the low one; of the
   // residual stream's. A phase between two of a kind keeps them apart.
-  __align__(16) float partial[2][48][2 * kWorkers + 4];
-  __align__(16) float own_partial[2][kOwnRows][kWorkers + 4];
+  __align__(16) float partial[2][kMostRows][kSums];
+  __align__(16) float own_partial[2][kOwnRows][kOwnSums];
   T angles[kPlaces][kFastDim];
   __align__(16) float squares[2][2 * kWorkers];  // of x, by vector and half a warp's columns
   float own[2][kOwnRows];                        // this block's rows of the residual stream, by vector
