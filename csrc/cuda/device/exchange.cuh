@@ -50,6 +50,11 @@ struct Waiting {
   __device__ __forceinline__ void take4s(const uint32* at, int step, Vec16 (&v)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) v[i] = peek4(at + i * step);
+    insist4s(at, step, v);
+  }
+  // After a first poll.
+  template <int kCount>
+  __device__ __forceinline__ void insist4s(const uint32* at, int step, Vec16 (&v)[kCount]) {
     for (int n = 0;; ++n) {
       bool missing[kCount], any = false;
 #pragma unroll

@@ -34,10 +34,11 @@ struct FrameDraws : FrameAttention<T> {
     constexpr int kRows = 2 * kTileRows, kUnits = kRows / kUnitRows;
     const int first = first_row(f), count = rows_here(f);
     prepare_rows(first, count);
-    const int place = this->sums_place(1);
-    const Vec16 x = this->normed_operand(f, this->norm_weights(f), [&](const Vec16& words, int word) {
-      if (lane() < 8) store_vec(s.hidden + word, words);
-    });
+    int place;
+    const auto keep = [&](const Vec16& x, int word) {
+      if (lane() < 8) store_vec(s.hidden + word, x);
+    };
+    const Vec16 x = this->normed_operand(f, false, this->norm_weights(f), keep, place);
     RingCursor<kSlots> at{f.slot, f.parity};
     for (int step = 0; step * kRows < f.share; ++step, at.advance(kUnits)) {
       const int to = step % 2 * kRows;

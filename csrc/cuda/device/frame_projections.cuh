@@ -60,7 +60,7 @@ struct FrameProjections {
 
   // Before a phase or a step of it. The compiler must not know that `thread` stays the same: it would keep all that
   // follows from it, in registers that there are not.
-  __device__ __forceinline__ void read_thread() { asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread)); }
+  __device__ __forceinline__ void forget_thread() { asm volatile("" : "+r"(thread)); }
   // blockIdx.x, for the same reason.
   static __device__ __forceinline__ int block() {
     int block;
@@ -134,9 +134,9 @@ struct FrameProjections {
     return kSlices % 2 ? g % 2 * 4 + g / 2 : g % 2 * 2 + g / 2 % 2 + g / 4 * 4;
   }
 
-  // This lane's part of an operand of 64 columns: of which vector, which four words, high or low part.
+  // This lane's part of an operand of its warp's 64 columns: of which vector, which four words, high or low part.
   __device__ __forceinline__ int part_vector() const { return lane() / 16; }
-  __device__ __forceinline__ int part_word() const { return lane() / 4 % 2 * 16 + lane() % 4 * 4; }
+  __device__ __forceinline__ int part_word() const { return warp() * 32 + lane() % 8 * 4; }
   __device__ __forceinline__ bool part_is_low() const { return lane() / 8 % 2 != 0; }
   __device__ __forceinline__ bool part_is_there(const Phase& f) const { return part_vector() < f.vectors; }
   // Where word `word` of a vector is.
@@ -215,7 +215,7 @@ struct FrameProjections {
 
   // A phase of kTiles tiles on normalised vectors, up to its results.
   template <int kTiles>
-  __device__ __forceinline__ void project_normed(const Phase& f) {
+  __device__ __forceinline__ void project_normed(const Phase& f, bool begins = false) {
     constexpr int kEarly = kTiles < kEarlyTiles ? kTiles : kEarlyTiles;
     const RingCursor<kSlots> at{f.slot, f.parity};
     Held<kEarly> early;
@@ -223,8 +223,8 @@ struct FrameProjections {
     await(at, 2 * kEarly);
     load_tiles(early, at.slot);
     release(at, 2 * kEarly);
-    const int place = sums_place(f.vectors);
-    const Vec16 x = normed_operand(f, weights, [](const Vec16&, int) {});
+    int place;
+    const Vec16 x = normed_operand(f, begins, weights, [](const Vec16&, int) {}, place);
     multiply_tiles(early, x, place);
     if constexpr (kEarly < kTiles) {
       constexpr int kRest = kTiles - kEarly;
@@ -236,6 +236,7 @@ struct FrameProjections {
       multiply_tiles(late, x, place + kEarly * kTileRows * kSums);
     }
     sync_workers();
+    forget_thread();
   }
 
   // A phase of one tile, kSlices * 1024 columns wide, on vectors as they are, which operands() gets for this warp's
@@ -265,6 +266,7 @@ struct FrameProjections {
     }
     if (to >= 0) s.own_partial[0][0][to] = y;
     sync_workers();
+    forget_thread();
     const int vector = warp(), row = result_row();
     if (vector >= vectors) return;
     uint32* place = operand_place(f, vector, row);
@@ -335,24 +337,29 @@ struct FrameProjections {
         reinterpret_cast<const uint32*>(f.norm_weight) + (warp() * 32 + lane() % 4 * 4 + lane() / 4 % 2);
     return {from[0], from[2], from[16], from[18]};
   }
-  // This lane's part of x * norm_weight. taken(x, word) gets a word of a vector and those that follow, as they are.
+  // This lane's part of x * norm_weight, and the place for its sums; x is in s.begin if a stack begins. taken(x, word)
+  // gets a word of a vector and those that follow, as they are.
   template <class Taken>
-  __device__ __forceinline__ Vec16 normed_operand(const Phase& f, const Vec16& weights, Taken taken) {
-    const int vector = part_is_there(f) ? part_vector() : 0, word = warp() * 32 + part_word();
+  __device__ __forceinline__ Vec16 normed_operand(const Phase& f, bool begins, const Vec16& weights, Taken taken,
+                                                  int& place) {
+    const int vector = part_is_there(f) ? part_vector() : 0, word = part_word();
+    const uint32* from = a.words + (f.in + vector * (kWidth / 2) + word);
+    Vec16 x[1] = {peek4(from)}, part;
+    // While the words are on their way.
+    place = sums_place(f.vectors);
     const int squares = squares_place();
     // What the product of bfloat16 numbers is rounded to is taken away from it in lanes of the low part, else zero.
     Vec16 rounding{};
     if constexpr (!kScaleBeforeRounding<T>)
 #pragma unroll
       for (int i = 0; i < 4; ++i) rounding.word[i] = now(part_is_low() ? weights.word[i] ^ kMinusZeros : 0u);
-    Vec16 x, part;
-    if (f.source == kWords) {
-      x = waiting.take4(a.words + (f.in + vector * (kWidth / 2) + word));
+    if (begins) {
+      x[0] = load_vec(s.begin[vector] + word);
     } else {
-      x = load_vec(s.begin[vector] + word);
+      waiting.insist4s(from, 0, x);
     }
-    taken(x, word);
-    put_squares(x, squares);
+    taken(x[0], word);
+    put_squares(x[0], squares);
     if constexpr (kScaleBeforeRounding<T>) {
       sync_workers();
       float square[1];
@@ -360,7 +367,7 @@ struct FrameProjections {
       const float scale = scale_of(square[0]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 v = unpack<T>(x.word[i]), n = unpack<T>(weights.word[i]);
+        const float2 v = unpack<T>(x[0].word[i]), n = unpack<T>(weights.word[i]);
         const float2 y = {v.x * n.x * scale, v.y * n.y * scale};
         part.word[i] = pack<T>(y.x, y.y);
         const float2 h = unpack<T>(part.word[i]);
@@ -369,7 +376,7 @@ struct FrameProjections {
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i)  // a product of two bfloat16 is a sum of two, exactly
-        part.word[i] = fma_pair(x.word[i], weights.word[i], fma_pair(x.word[i], rounding.word[i], kMinusZeros));
+        part.word[i] = fma_pair(x[0].word[i], weights.word[i], fma_pair(x[0].word[i], rounding.word[i], kMinusZeros));
     }
     return part;
   }
@@ -389,11 +396,12 @@ struct FrameProjections {
   // The fast stack's queries and keys leave rotated.
   template <int kTiles>
   __device__ __forceinline__ void qkv(const Phase& f) {
-    if (f.source != kWords) {
+    const bool begins = f.source != kWords;
+    if (begins) {
       begin_stack(f);
       sync_workers();
     }
-    project_normed<kTiles>(f);
+    project_normed<kTiles>(f, begins);
     const int vector = warp() / kTiles, row = warp() % kTiles * kTileRows + result_row();
     if (vector >= f.vectors) return;
     uint32* place = place_of(f, vector, row);

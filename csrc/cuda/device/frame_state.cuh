@@ -39,16 +39,17 @@ struct Phase {
   uint64 norm_weight;  // T [1024], or 0
   int rows;            // of each matrix
   int share;           // of a block: a multiple of 8, all blocks alike, but for kHead
-  int slices;
   int kind, source;
-  int in, out;    // word offsets into `words`
-  int vectors;    // 1, or 2 in the fast stack's first pass
-  int layer;      // of its stack
-  int position;   // of the first vector in the fast stack; of kFastHead: the number of the code that is drawn
-  int units;      // of the ring, in every block; whole steps of kHead
-  int slot;       // of the first
-  uint32 parity;  // of its turn
+  int in;       // word offset into `words`; so is out
+  int vectors;  // 1, or 2 in the fast stack's first pass
+  int out;
+  int slices;
+  int layer;     // of its stack
+  int position;  // of the first vector in the fast stack; of kFastHead: the number of the code that is drawn
+  int units;     // of the ring, in every block; whole steps of kHead
   int unused;
+  int slot;       // of the first unit
+  uint32 parity;  // of its turn
 };
 
 struct PersistentFrameArgs {

@@ -93,12 +93,11 @@ struct RingCursor {
   int slot;
   uint32 parity;
 
-  __device__ __forceinline__ void advance(int units) {
+  __device__ __forceinline__ void advance(int units) {  // no more than there are slots
     slot += units;
-    while (slot >= kSlots) {
-      slot -= kSlots;
-      parity ^= 1u;
-    }
+    const bool turned = slot >= kSlots;
+    slot -= turned ? kSlots : 0;
+    parity ^= static_cast<uint32>(turned);
   }
   __device__ __forceinline__ RingCursor ahead(int units) const {
     RingCursor c = *this;
