@@ -272,7 +272,7 @@ struct FrameAttention : FrameProjections<T> {
   template <int kSlices>
   __device__ __forceinline__ void output(const Phase& f) {
     this->template project_residual<kSlices>(f, [&](Vec16(&x)[kSlices]) {
-      const int vector = this->part_is_there(f) ? this->part_vector() : 0;
+      const int vector = this->vector_to_take(f.vectors);
       const int word = vector * (kSlices * kWidth / 2) + this->part_word();
       waiting.take4s(a.words + (f.in + word), kWidth / 2, x);
     });

@@ -38,7 +38,7 @@ struct FrameDraws : FrameAttention<T> {
     const auto keep = [&](const Vec16& x, int word) {
       if (lane() < 8) store_vec(s.hidden + word, x);
     };
-    const Vec16 x = this->normed_operand(f, false, this->norm_weights(f), keep, place);
+    const Vec16 x = this->normed_operand(f, 1, false, this->norm_weights(f), keep, place);
     RingCursor<kSlots> at{f.slot, f.parity};
     for (int step = 0; step * kRows < f.share; ++step, at.advance(kUnits)) {
       const int to = step % 2 * kRows;
@@ -59,7 +59,7 @@ struct FrameDraws : FrameAttention<T> {
 
   // A fast code's logits, and its draw by every block alike.
   __device__ __forceinline__ void fast_head(const Phase& f) {
-    this->template project_normed<1>(f);
+    this->template project_normed<1>(f, 1);
     if (warp() == kWorkers - 1) {
       const int row = this->result_row();
       const float logit = this->result(0, row);

@@ -138,7 +138,10 @@ struct FrameProjections {
   __device__ __forceinline__ int part_vector() const { return lane() / 16; }
   __device__ __forceinline__ int part_word() const { return warp() * 32 + lane() % 8 * 4; }
   __device__ __forceinline__ bool part_is_low() const { return lane() / 8 % 2 != 0; }
-  __device__ __forceinline__ bool part_is_there(const Phase& f) const { return part_vector() < f.vectors; }
+  // Lanes of a vector that is not there take the first one's words; nobody asks for their results.
+  __device__ __forceinline__ int vector_to_take(int vectors) const {
+    return part_vector() < vectors ? part_vector() : 0;
+  }
   // Where word `word` of a vector is.
   static __device__ __forceinline__ int operand_order(int word) {
     return (word & ~19) | (word & 1) << 4 | (word >> 4 & 1) << 1 | (word >> 1 & 1);
@@ -184,7 +187,7 @@ struct FrameProjections {
     return y[0];
   }
   // 1/rms, from the sum of squares.
-  __device__ __forceinline__ float scale_of(float square) const { return rsqrtf(square * (1.0f / kWidth) + a.eps); }
+  __device__ __forceinline__ float scale_of(float square) const { return rsqrt_of(square * (1.0f / kWidth) + a.eps); }
 
   // Loads tiles of 1024 columns, two units each, which the ring's end does not part.
   template <int kTiles>
@@ -215,7 +218,7 @@ struct FrameProjections {
 
   // A phase of kTiles tiles on normalised vectors, up to its results.
   template <int kTiles>
-  __device__ __forceinline__ void project_normed(const Phase& f, bool begins = false) {
+  __device__ __forceinline__ void project_normed(const Phase& f, int vectors, bool begins = false) {
     constexpr int kEarly = kTiles < kEarlyTiles ? kTiles : kEarlyTiles;
     const RingCursor<kSlots> at{f.slot, f.parity};
     Held<kEarly> early;
@@ -224,7 +227,7 @@ struct FrameProjections {
     load_tiles(early, at.slot);
     release(at, 2 * kEarly);
     int place;
-    const Vec16 x = normed_operand(f, begins, weights, [](const Vec16&, int) {}, place);
+    const Vec16 x = normed_operand(f, vectors, begins, weights, [](const Vec16&, int) {}, place);
     multiply_tiles(early, x, place);
     if constexpr (kEarly < kTiles) {
       constexpr int kRest = kTiles - kEarly;
@@ -340,13 +343,13 @@ struct FrameProjections {
   // This lane's part of x * norm_weight, and the place for its sums; x is in s.begin if a stack begins. taken(x, word)
   // gets a word of a vector and those that follow, as they are.
   template <class Taken>
-  __device__ __forceinline__ Vec16 normed_operand(const Phase& f, bool begins, const Vec16& weights, Taken taken,
-                                                  int& place) {
-    const int vector = part_is_there(f) ? part_vector() : 0, word = part_word();
+  __device__ __forceinline__ Vec16 normed_operand(const Phase& f, int vectors, bool begins, const Vec16& weights,
+                                                  Taken taken, int& place) {
+    const int vector = vector_to_take(vectors), word = part_word();
     const uint32* from = a.words + (f.in + vector * (kWidth / 2) + word);
     Vec16 x[1] = {peek4(from)}, part;
     // While the words are on their way.
-    place = sums_place(f.vectors);
+    place = sums_place(vectors);
     const int squares = squares_place();
     // What the product of bfloat16 numbers is rounded to is taken away from it in lanes of the low part, else zero.
     Vec16 rounding{};
@@ -396,14 +399,15 @@ struct FrameProjections {
   // The fast stack's queries and keys leave rotated.
   template <int kTiles>
   __device__ __forceinline__ void qkv(const Phase& f) {
+    const int vectors = now(f.vectors);
     const bool begins = f.source != kWords;
     if (begins) {
       begin_stack(f);
       sync_workers();
     }
-    project_normed<kTiles>(f, begins);
+    project_normed<kTiles>(f, vectors, begins);
     const int vector = warp() / kTiles, row = warp() % kTiles * kTileRows + result_row();
-    if (vector >= f.vectors) return;
+    if (vector >= vectors) return;
     uint32* place = place_of(f, vector, row);
     const bool turned = f.kind == kFastQkv && first_row(f) < 24 * kFastDim;
     const uint32 at = static_cast<uint32>(first_row(f) + row) % kFastDim;
@@ -419,13 +423,14 @@ struct FrameProjections {
   template <int kTiles>
   __device__ __forceinline__ void swiglu(const Phase& f) {
     constexpr int kPairs = kTiles / 2;
-    project_normed<kTiles>(f);
+    const int vectors = now(f.vectors);
+    project_normed<kTiles>(f, vectors);
     const int vector = warp() / kPairs, tile = warp() % kPairs;
-    if (vector >= f.vectors) return;
+    if (vector >= vectors) return;
     uint32* place = operand_place(f, vector, tile * kTileRows + result_row());
     float y[2];
     results(vector, tile * 2 * kTileRows + result_row(), y);
-    put_pair(place, __fdividef(y[0], 1.0f + __expf(-y[0])) * y[1]);
+    put_pair(place, y[0] * y[1] * inverse_of(1.0f + exp2_of(-kLog2e * y[0])));
   }
   __device__ __forceinline__ void swiglu(const Phase& f) {
     switch (f.share) {
