@@ -219,25 +219,15 @@ struct FrameProjections {
   // A phase of kTiles tiles on normalised vectors, up to its results.
   template <int kTiles>
   __device__ __forceinline__ void project_normed(const Phase& f, int vectors, bool begins = false) {
-    constexpr int kEarly = kTiles < kEarlyTiles ? kTiles : kEarlyTiles;
     const RingCursor<kSlots> at{f.slot, f.parity};
-    Held<kEarly> early;
+    Held<kTiles> held;
     const Vec16 weights = norm_weights(f);
-    await(at, 2 * kEarly);
-    load_tiles(early, at.slot);
-    release(at, 2 * kEarly);
+    await(at, 2 * kTiles);
+    load_tiles(held, at.slot);
+    release(at, 2 * kTiles);
     int place;
     const Vec16 x = normed_operand(f, vectors, begins, weights, [](const Vec16&, int) {}, place);
-    multiply_tiles(early, x, place);
-    if constexpr (kEarly < kTiles) {
-      constexpr int kRest = kTiles - kEarly;
-      const RingCursor<kSlots> rest = at.ahead(2 * kEarly);
-      Held<kRest> late;
-      await(rest, 2 * kRest);
-      load_tiles(late, rest.slot);
-      release(rest, 2 * kRest);
-      multiply_tiles(late, x, place + kEarly * kTileRows * kSums);
-    }
+    multiply_tiles(held, x, place);
     sync_workers();
     forget_thread();
   }

@@ -28,7 +28,6 @@ constexpr int kMostRows = 48;                // of a phase on normalised vectors
 constexpr int kSums = 2 * kWorkers + 4;      // from a row's to the next's: without bank conflicts
 constexpr int kOwnSums = kWorkers + 4;
 constexpr int kMostLogits = 1280;  // main logits of a block
-constexpr int kEarlyTiles = 4;     // that a warp takes into registers before it waits
 
 enum Kind { kQkv, kAttend, kCombine, kOutput, kSwiglu, kFastQkv, kFastOutput, kHead, kFastHead };
 enum Source { kWords, kTokens, kCodes };
