@@ -271,19 +271,22 @@ struct FrameAttention : FrameProjections<T> {
 
   template <int kSlices>
   __device__ __forceinline__ void output(const Phase& f) {
-    this->template project_residual<kSlices>(f, [&](Vec16(&x)[kSlices]) {
-      const int vector = this->vector_to_take(f.vectors);
-      const int word = vector * (kSlices * kWidth / 2) + this->part_word();
-      waiting.take4s(a.words + (f.in + word), kWidth / 2, x);
-    });
+    constexpr int kStep = kWidth / 2;
+    const auto from = [&](int vectors) {
+      return a.words + (f.in + this->vector_to_take(vectors) * (kSlices * kStep) + this->part_word());
+    };
+    this->template project_residual<kSlices>(
+        f, [&](Vec16(&x)[kSlices], int vectors) { waiting.ask4s(from(vectors), kStep, x); },
+        [&](Vec16(&x)[kSlices], int vectors) { waiting.insist4s(from(vectors), kStep, x); });
   }
 
   // Fast attention, by every block alike, and its projection: a warp's columns are a query head, so that it needs no
   // other's. While the inputs are on their way, the first layer draws the noise of the code that will come of them.
   __device__ __forceinline__ void fast_output(const Phase& f) {
     if (f.layer == 0) draw_noise(f.position + f.vectors);
-    this->template project_residual<1>(f, [&](Vec16(&x)[1]) {
-      if (f.vectors == 2) {
+    const auto ask = [](Vec16(&)[1], int) {};
+    this->template project_residual<1>(f, ask, [&](Vec16(&x)[1], int vectors) {
+      if (vectors == 2) {
         x[0] = fast_attention<2, 1>(f);
       } else {
         x[0] = f.position < 8 ? fast_attention<1, 1>(f) : fast_attention<1, 2>(f);

@@ -43,9 +43,10 @@ struct FrameDraws : FrameAttention<T> {
     for (int step = 0; step * kRows < f.share; ++step, at.advance(kUnits)) {
       const int to = step % 2 * kRows;
       typename Base::template Held<2> held;
-      this->await(at, kUnits);
+      const auto own = this->units(at, kUnits);
+      this->await(own);
       this->load_tiles(held, at.slot);
-      this->release(at, kUnits);
+      this->release(own);
       this->multiply_tiles(held, x, place + to * kSums);
       sync_workers();
       if (warp() / 2 != step % (kWorkers / 2)) continue;

@@ -74,24 +74,32 @@ struct FrameProjections {
     return x;
   }
 
-  // Calls f for units of the ring from `at` on, a lane for each, or every lane for all.
+  // Units of the ring in a row; and of these, the one that this lane waits for and gives back.
+  struct Units {
+    RingCursor<kSlots> first, mine;
+    int count;
+  };
+  __device__ __forceinline__ Units units(const RingCursor<kSlots>& first, int count) const {
+    return {first, first.ahead(lane()), count};
+  }
+  // Calls f for the lane's unit, or every lane for all.
   template <class F>
-  __device__ __forceinline__ void each_unit(RingCursor<kSlots> at, int units, F f) const {
+  __device__ __forceinline__ void each_unit(const Units& units, F f) const {
     if constexpr (kSayers == 1) {
-      if (lane() < units) f(at.ahead(lane()));
+      if (lane() < units.count) f(units.mine);
     } else {
-      for (int u = 0; u < units; ++u) f(at.ahead(u));
+      for (int u = 0; u < units.count; ++u) f(units.first.ahead(u));
     }
   }
   // Waits for units.
-  __device__ __forceinline__ void await(RingCursor<kSlots> at, int units) const {
-    each_unit(at, units, [&](const RingCursor<kSlots>& u) { barrier_wait(s.full + u.slot, u.parity); });
+  __device__ __forceinline__ void await(const Units& units) const {
+    each_unit(units, [&](const RingCursor<kSlots>& u) { barrier_wait(s.full + u.slot, u.parity); });
     __syncwarp();
   }
   // Gives them back: this warp has what it wants from them. They are free when all have said so.
-  __device__ __forceinline__ void release(RingCursor<kSlots> at, int units) const {
+  __device__ __forceinline__ void release(const Units& units) const {
     __syncwarp();
-    each_unit(at, units, [&](const RingCursor<kSlots>& u) { barrier_arrive(s.empty + u.slot); });
+    each_unit(units, [&](const RingCursor<kSlots>& u) { barrier_arrive(s.empty + u.slot); });
   }
 
   struct Spot {
@@ -219,12 +227,12 @@ struct FrameProjections {
   // A phase of kTiles tiles on normalised vectors, up to its results.
   template <int kTiles>
   __device__ __forceinline__ void project_normed(const Phase& f, int vectors, bool begins = false) {
-    const RingCursor<kSlots> at{f.slot, f.parity};
     Held<kTiles> held;
     const Vec16 weights = norm_weights(f);
-    await(at, 2 * kTiles);
-    load_tiles(held, at.slot);
-    release(at, 2 * kTiles);
+    const Units own = units({f.slot, f.parity}, 2 * kTiles);
+    await(own);
+    load_tiles(held, own.first.slot);
+    release(own);
     int place;
     const Vec16 x = normed_operand(f, vectors, begins, weights, [](const Vec16&, int) {}, place);
     multiply_tiles(held, x, place);
@@ -232,24 +240,25 @@ struct FrameProjections {
     forget_thread();
   }
 
-  // A phase of one tile, kSlices * 1024 columns wide, on vectors as they are, which operands() gets for this warp's
-  // columns: its 8 rows are added to the residual stream.
-  template <int kSlices, class Operands>
-  __device__ __forceinline__ void project_residual(const Phase& f, Operands operands) {
-    const RingCursor<kSlots> at{f.slot, f.parity};
+  // A phase of one tile, kSlices * 1024 columns wide, on vectors as they are: its 8 rows are added to the residual
+  // stream. ask(x, vectors) asks for this warp's columns, and take(x, vectors) gets them.
+  template <int kSlices, class Ask, class Take>
+  __device__ __forceinline__ void project_residual(const Phase& f, Ask ask, Take take) {
     Held<kSlices> held;
     Vec16 x[kSlices];
-    await(at, 2 * kSlices);
-    held.load(*this, at.slot, 0, [&](int i) {
-      const int row = held_row<kSlices>() * kSlices + i, unit = row / kUnitRows;
-      return Spot{unit, unit * kSlotBytes + row % kUnitRows * kRowBytes};
-    });
-    release(at, 2 * kSlices);
+    const Units own = units({f.slot, f.parity}, 2 * kSlices);
+    const int first = held_row<kSlices>() * kSlices;  // of this lane's slices
     const int vectors = now(f.vectors);
-    const bool there = lane() % 2 == 0 && lane() % 4 / 2 < vectors;
-    const int at_vector = lane() % 4 / 2 * kOwnRows;
-    const int to = now(there ? (at_vector + held_row<kSlices>()) * kOwnSums + warp() : kNowhere);
-    operands(x);
+    await(own);
+    held.load(*this, own.first.slot, first * kRowBytes, [&](int i) {
+      const int unit = (first + i) / kUnitRows;
+      return Spot{unit, i * kRowBytes + unit * (kSlotBytes - kUnitBytes)};
+    });
+    release(own);
+    ask(x, vectors);
+    const int place = (lane() % 4 / 2 * kOwnRows + held_row<kSlices>()) * kOwnSums + warp();
+    const int to = now(lane() % 2 == 0 && lane() % 4 / 2 < vectors ? place : kNowhere);
+    take(x, vectors);
     float y;
 #pragma unroll
     for (int i = 0; i < kSlices; ++i) {
@@ -262,13 +271,13 @@ struct FrameProjections {
     forget_thread();
     const int vector = warp(), row = result_row();
     if (vector >= vectors) return;
-    uint32* place = operand_place(f, vector, row);
-    const float own = result_is_here() ? s.own[vector][row] : 0.0f;
+    uint32* out = operand_place(f, vector, row);
+    const float before = result_is_here() ? s.own[vector][row] : 0.0f;
     float total[1];
     add_up<kWorkers>({s.own_partial[vector][row]}, total);
-    y = rounded<T>(own + total[0]);
+    y = rounded<T>(before + total[0]);
     if (result_is_here()) s.own[vector][row] = y;
-    put_pair(place, y);
+    put_pair(out, y);
   }
 
   // Where the result of a row of this block goes, and that of the next, which is in this warp as well.
@@ -337,8 +346,8 @@ struct FrameProjections {
                                                   Taken taken, int& place) {
     const int vector = vector_to_take(vectors), word = part_word();
     const uint32* from = a.words + (f.in + vector * (kWidth / 2) + word);
-    Vec16 x[1] = {peek4(from)}, part;
-    // While the words are on their way.
+    Vec16 x[1], part;
+    waiting.ask4s(from, 0, x);
     place = sums_place(vectors);
     const int squares = squares_place();
     // What the product of bfloat16 numbers is rounded to is taken away from it in lanes of the low part, else zero.
