@@ -11,6 +11,7 @@
 #pragma once
 
 #include "frame_state.cuh"
+#include "rotary.cuh"
 
 namespace s1 {
 
@@ -277,7 +278,7 @@ struct FrameProjections {
     add_up<kWorkers>({s.own_partial[vector][row]}, total);
     y = rounded<T>(before + total[0]);
     if (result_is_here()) s.own[vector][row] = y;
-    put_pair(out, y);
+    put_pair(out, pair_of(y));
   }
 
   // Where the result of a row of this block goes, and that of the next, which is in this warp as well.
@@ -287,9 +288,10 @@ struct FrameProjections {
   __device__ __forceinline__ uint32* operand_place(const Phase& f, int vector, int row) const {
     return a.words + (f.out + (vector * f.rows >> 1) + operand_order((first_row(f) + row) >> 1));
   }
-  __device__ __forceinline__ void put_pair(uint32* place, float y) {
-    const float next = __shfl_down_sync(kAllLanes, y, 4);
-    if (lane() % 8 == 0) put_word(place, pack<T>(y, next));
+  // The result of an even row, and that of the next.
+  __device__ __forceinline__ float2 pair_of(float y) const { return {y, __shfl_down_sync(kAllLanes, y, 4)}; }
+  __device__ __forceinline__ void put_pair(uint32* place, const float2& y) const {
+    if (lane() % 8 == 0) put_word(place, pack<T>(y.x, y.y));
   }
 
   // Puts the vectors that a stack begins with where normed_operand() finds them.
@@ -410,13 +412,9 @@ struct FrameProjections {
     uint32* place = place_of(f, vector, row);
     const bool turned = f.kind == kFastQkv && first_row(f) < 24 * kFastDim;
     const uint32 at = static_cast<uint32>(first_row(f) + row) % kFastDim;
-    const float2 angle = unpack<T>(*reinterpret_cast<const uint32*>(&s.angles[f.position + vector][at & ~1u]));
-    float y = result(vector, row);
-    if (turned) {
-      y = rounded<T>(y);
-      const float other = __shfl_xor_sync(kAllLanes, y, 4);
-      y = y * angle.x + (row % 2 == 0 ? -other : other) * angle.y;
-    }
+    const int angle = now(*reinterpret_cast<const int*>(&s.angles[f.position + vector][at & ~1u]));
+    float2 y = pair_of(result(vector, row));
+    if (turned) y = rotated({rounded<T>(y.x), rounded<T>(y.y)}, unpack<T>(static_cast<uint32>(angle)));
     put_pair(place, y);
   }
   template <int kTiles>
@@ -429,7 +427,7 @@ struct FrameProjections {
     uint32* place = operand_place(f, vector, tile * kTileRows + result_row());
     float y[2];
     results(vector, tile * 2 * kTileRows + result_row(), y);
-    put_pair(place, y[0] * y[1] * inverse_of(1.0f + exp2_of(-kLog2e * y[0])));
+    put_pair(place, pair_of(y[0] * y[1] * inverse_of(1.0f + exp2_of(-kLog2e * y[0]))));
   }
   __device__ __forceinline__ void swiglu(const Phase& f) {
     switch (f.share) {
