@@ -67,23 +67,23 @@ class Frame:
                 case Kind.ATTEND:
                     continue
                 case Kind.COMBINE:
-                    given = self._words(phase.out, (1, stack.heads * stack.head_dim))
+                    given = self._operand(phase.out, (1, stack.heads * stack.head_dim))
                     matrix = layer.wo
                     yield name, given, self._slow_attention(phase, qkv)
                 case Kind.OUTPUT:
                     true = x + given @ matrix.double().T
-                    x = self._words(phase.out, true.shape)
+                    x = self._operand(phase.out, true.shape)
                     yield name, x, true
                 case Kind.SWIGLU:
                     normed = self._normed(x, layer.ffn_norm)
                     gate, up = normed @ layer.w1.double().T, normed @ layer.w3.double().T
                     true = torch.nn.functional.silu(gate) * up
-                    given, matrix = self._words(phase.out, true.shape), layer.w2
+                    given, matrix = self._operand(phase.out, true.shape), layer.w2
                     yield name, given, true
                 case Kind.FAST_OUTPUT:
                     attended = self._fast_attention(qkv, kept.setdefault(phase.layer, []))
                     true = x + attended @ layer.wo.double().T
-                    x = self._words(phase.out, true.shape)
+                    x = self._operand(phase.out, true.shape)
                     yield name, x, true
                 case Kind.HEAD:
                     slow = False
@@ -96,6 +96,10 @@ class Frame:
         words = self.launch.tensors[FRAME.pointers.index("words")]
         values = words[start : start + torch.Size(shape).numel() // 2].view(self.head.dtype)
         return values.view(shape).double()
+
+    def _operand(self, start: int, shape: tuple[int, ...]) -> Tensor:
+        """Words in the order of an operand: of each 32, word 16s + 4t + 2m + h is where 16h + 4t + 2s + m would be."""
+        return self._words(start, shape).view(-1, 2, 4, 2, 2, 2).permute(0, 3, 2, 4, 1, 5).reshape(shape)
 
     def _begin(self, phase: Phase, x: Tensor) -> Tensor:
         """What a stack begins with: the frame's embedding, or the last code's, behind the slow stack's result."""

@@ -23,10 +23,10 @@ struct PersistentFrame : FrameDraws<T> {
   using Base::a;
   using Base::s;
 
-  // Starts to copy a phase into its slot: the last warp, which has the least to do.
+  // Starts to copy a phase into its slot. One warp.
   __device__ __forceinline__ void fetch_phase(int p) {
     constexpr int kPieces = sizeof(Phase) / 8;
-    if (p >= a.phase_count || this->warp() != kWorkers - 1 || this->lane() >= kPieces) return;
+    if (p >= a.phase_count || this->lane() >= kPieces) return;
     copy_async8(reinterpret_cast<uint64*>(&s.phases[p % 8]) + this->lane(),
                 reinterpret_cast<const uint64*>(a.phases + p) + this->lane());
   }
@@ -34,20 +34,21 @@ struct PersistentFrame : FrameDraws<T> {
   __device__ void run() {
     for (int i = threadIdx.x; i < min(a.codebooks, kPlaces) * kFastDim; i += kWorkers * 32)
       (&s.angles[0][0])[i] = static_cast<const T*>(a.fast_cos_sin)[i];
-    this->read_thread();
-    for (int p = 0; p < 4; ++p) fetch_phase(p);
+    if (this->warp() == kWorkers - 1)
+      for (int p = 0; p < 4; ++p) fetch_phase(p);
     copies_done();
     sync_workers();
     for (int p = 0; p < a.phase_count; ++p) {
       const Phase& f = s.phases[p % 8];
-      const int half = p % 2;
-      this->read_thread();
-      copies_done();  // of phase p + 3, which a barrier of this one or the next two shows to all
-      fetch_phase(p + 4);
-      if (a.times && this->thread == 0 && this->block() == 0) a.times[p] = nanoseconds();
+      this->forget_thread();
+      if (this->warp() == kWorkers - 1) {  // which has the least to do
+        copies_done();                     // of phase p + 3, which a barrier of this one or the next two shows to all
+        fetch_phase(p + 4);
+        if (a.times && this->lane() == 0 && this->block() == 0) a.times[p] = nanoseconds();
+      }
       switch (f.kind) {
         case kQkv:
-          this->template qkv<4>(f, half);
+          this->template qkv<4>(f);
           break;
         case kAttend:
           this->attend(f);
@@ -56,22 +57,22 @@ struct PersistentFrame : FrameDraws<T> {
           this->combine(f);
           break;
         case kOutput:
-          this->output(f, half);
+          this->output(f);
           break;
         case kSwiglu:
-          this->swiglu(f, half);
+          this->swiglu(f);
           break;
         case kFastQkv:
-          this->template qkv<2>(f, half);
+          this->template qkv<2>(f);
           break;
         case kFastOutput:
-          this->fast_output(f, half);
+          this->fast_output(f);
           break;
         case kHead:
-          this->head(f, half);
+          this->head(f);
           break;
         default:
-          this->fast_head(f, half);
+          this->fast_head(f);
       }
     }
     if (blockIdx.x != 0) return;
@@ -126,7 +127,7 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
     if (lane_id() < kCopyLanes) PersistentFrame<T>::stream(a, s);
     return;
   }
-  PersistentFrame<T> frame{{{{a, s, {a.abandoned, false}, 0}}}};
+  PersistentFrame<T> frame{{{{a, s, {a.abandoned, false}, static_cast<int>(threadIdx.x)}}}};
   frame.run();
 #endif
 }

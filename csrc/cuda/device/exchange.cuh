@@ -48,8 +48,17 @@ struct Waiting {
   // kCount times four words, `step` words apart. Every poll asks for all that are missing.
   template <int kCount>
   __device__ __forceinline__ void take4s(const uint32* at, int step, Vec16 (&v)[kCount]) {
+    ask4s(at, step, v);
+    insist4s(at, step, v);
+  }
+  // The same in two steps, between which there is something else to do: the first poll, and its result and the others.
+  template <int kCount>
+  __device__ __forceinline__ void ask4s(const uint32* at, int step, Vec16 (&v)[kCount]) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) v[i] = peek4(at + i * step);
+  }
+  template <int kCount>
+  __device__ __forceinline__ void insist4s(const uint32* at, int step, Vec16 (&v)[kCount]) {
     for (int n = 0;; ++n) {
       bool missing[kCount], any = false;
 #pragma unroll

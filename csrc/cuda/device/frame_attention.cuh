@@ -253,36 +253,40 @@ struct FrameAttention : FrameProjections<T> {
 #pragma unroll
     for (int e = 0; e < 4; ++e) y[e] = warp_sum<kSplits>(weight * y[e]) * inverse;
     const int row = (2 * mine.head + mine.split / 8) * kSlowDim + mine.split % 8 * 16 + first;
-    if (part < 2) put_word(a.words + f.out + row / 2 + part, part == 0 ? pack<T>(y[0], y[1]) : pack<T>(y[2], y[3]));
+    uint32* to = a.words + f.out + this->operand_order(row / 2 + part);
+    if (part < 2) put_word(to, part == 0 ? pack<T>(y[0], y[1]) : pack<T>(y[2], y[3]));
   }
 
   // A projection back into the residual stream.
-  __device__ __forceinline__ void output(const Phase& f, int half) {
+  __device__ __forceinline__ void output(const Phase& f) {
     switch (f.slices) {
       case 1:
-        return output<1>(f, half);
+        return output<1>(f);
       case 2:
-        return output<2>(f, half);
+        return output<2>(f);
       default:
-        return output<3>(f, half);
+        return output<3>(f);
     }
   }
 
   template <int kSlices>
-  __device__ __forceinline__ void output(const Phase& f, int half) {
-    this->template project_residual<kSlices>(f, half, [&](Vec16(&x)[kSlices]) {
-      const int vector = this->part_is_there(f) ? this->part_vector() : 0;
-      const int column = (vector * kWidth + warp() * 64) * kSlices + this->part_column();
-      waiting.take4s(a.words + f.in + column / 2, 32, x);
-    });
+  __device__ __forceinline__ void output(const Phase& f) {
+    constexpr int kStep = kWidth / 2;
+    const auto from = [&](int vectors) {
+      return a.words + (f.in + this->vector_to_take(vectors) * (kSlices * kStep) + this->part_word());
+    };
+    this->template project_residual<kSlices>(
+        f, [&](Vec16(&x)[kSlices], int vectors) { waiting.ask4s(from(vectors), kStep, x); },
+        [&](Vec16(&x)[kSlices], int vectors) { waiting.insist4s(from(vectors), kStep, x); });
   }
 
   // Fast attention, by every block alike, and its projection: a warp's columns are a query head, so that it needs no
   // other's. While the inputs are on their way, the first layer draws the noise of the code that will come of them.
-  __device__ __forceinline__ void fast_output(const Phase& f, int half) {
+  __device__ __forceinline__ void fast_output(const Phase& f) {
     if (f.layer == 0) draw_noise(f.position + f.vectors);
-    this->template project_residual<1>(f, half, [&](Vec16(&x)[1]) {
-      if (f.vectors == 2) {
+    const auto ask = [](Vec16(&)[1], int) {};
+    this->template project_residual<1>(f, ask, [&](Vec16(&x)[1], int vectors) {
+      if (vectors == 2) {
         x[0] = fast_attention<2, 1>(f);
       } else {
         x[0] = f.position < 8 ? fast_attention<1, 1>(f) : fast_attention<1, 2>(f);
@@ -298,8 +302,8 @@ struct FrameAttention : FrameProjections<T> {
   // bank conflicts among eight positions that are read, nor among the three vectors that are written. Operand rows g
   // and g + 8 of all products belong to the vector and the columns that lane 4g has of the result. Scores: rows g have
   // the even pieces of the query, rows g + 8 the odd ones. Values: rows g have the high part of the weights, rows g + 8
-  // the low part; half of the inner indices are for the first 32 columns and half for the others, with zeros for those
-  // that are not the row's.
+  // the low part; half of the inner indices are for even words and half for odd ones, with zeros for those that are not
+  // the row's.
   template <int kVectors, int kTiles>
   __device__ __forceinline__ Vec16 fast_attention(const Phase& f) {
     const float scale = rsqrtf(static_cast<float>(kFastDim)) * kLog2e;
@@ -316,8 +320,7 @@ struct FrameAttention : FrameProjections<T> {
       const uint32 key = fresh ? heads + (place - position) * sizeof(s.heads[0][0]) + sizeof(s.heads[0][0][0])
                                : kept + place * sizeof(s.cache[0][0][0]);
       key_at[i] = key + ((matrix % 2 * 2 + matrix / 2) ^ place % 8 ^ 1) * 16;
-      value_at[i] = key + (fresh ? sizeof(s.heads[0][0][0]) : sizeof(s.cache[0][0])) +
-                    ((matrix % 2 * 4 + matrix / 2) ^ place % 8 ^ 2) * 16;
+      value_at[i] = key + (fresh ? sizeof(s.heads[0][0][0]) : sizeof(s.cache[0][0])) + (matrix ^ place % 8 ^ 2) * 16;
     }
     Vec16 x[kVectors];
     const uint32 kind = min(matrix, 2u), head = kind == 0 ? h : 8 + 8 * kind + h / 2;  // the last eight lanes repeat
@@ -338,7 +341,7 @@ struct FrameAttention : FrameProjections<T> {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) value[i][j] = load_transposed(value_at[i] ^ (j * 32));
+      for (int j = 0; j < 2; ++j) value[i][j] = load_transposed(value_at[i] ^ (j * 64));
     }
     float score[kTiles][2], top = -infinity();
 #pragma unroll
@@ -357,7 +360,7 @@ struct FrameAttention : FrameProjections<T> {
       }
     }
     top = warp_max<4>(top) * scale;
-    const bool low = lane / 4 % 2 == 0;  // columns
+    const bool low = lane / 4 % 2 == 0;  // words
     const uint32 ones = pack<T>(1.0f, 1.0f);
     float sum[4][4] = {}, total[4] = {};
 #pragma unroll

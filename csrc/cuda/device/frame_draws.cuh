@@ -17,10 +17,8 @@ struct FrameDraws : FrameAttention<T> {
   using Base = FrameAttention<T>;
   using Base::a;
   using Base::lane;
-  using Base::norm_scale;
   using Base::s;
   using Base::thread;
-  using Base::total;
   using Base::waiting;
   using Base::warp;
 
@@ -32,33 +30,42 @@ struct FrameDraws : FrameAttention<T> {
 
   // The slow stack's logits, of which this block has some, 16 at a time, and the draw of the main token by all blocks
   // together.
-  __device__ __forceinline__ void head(const Phase& f, int half) {
+  __device__ __forceinline__ void head(const Phase& f) {
     constexpr int kRows = 2 * kTileRows, kUnits = kRows / kUnitRows;
     const int first = first_row(f), count = rows_here(f);
     prepare_rows(first, count);
-    const Vec16 x = this->normed_operand(f, half, this->norm_weights(f));
+    int place;
+    const auto keep = [&](const Vec16& x, int word) {
+      if (lane() < 8) store_vec(s.hidden + word, x);
+    };
+    const Vec16 x = this->normed_operand(f, 1, false, this->norm_weights(f), keep, place);
     RingCursor<kSlots> at{f.slot, f.parity};
     for (int step = 0; step * kRows < f.share; ++step, at.advance(kUnits)) {
       const int to = step % 2 * kRows;
       typename Base::template Held<2> held;
-      this->await(at, kUnits);
-      held.load(*this, at.slot, this->tile_row(), kTileRows * kRowBytes);
-      this->release(at, kUnits);
-      this->multiply_tiles(held, x, 1, half, to);
+      const auto own = this->units(at, kUnits);
+      this->await(own);
+      this->load_tiles(held, at.slot);
+      this->release(own);
+      this->multiply_tiles(held, x, place + to * kSums);
       sync_workers();
-      const int row = step * kRows + lane();
-      if (warp() == step % kWorkers && lane() < kRows && row < count)
-        take_logit(first, row, total(half, 0, to + lane()) * norm_scale(half, 0));
+      if (warp() / 2 != step % (kWorkers / 2)) continue;
+      const int row = warp() % 2 * kTileRows + this->result_row();
+      const float logit = this->result(0, to + row);
+      if (this->result_is_here() && step * kRows + row < count) take_logit(first, step * kRows + row, logit);
     }
     sync_workers();
     draw(f, [&] { return draw_main(first, count); });
   }
 
   // A fast code's logits, and its draw by every block alike.
-  __device__ __forceinline__ void fast_head(const Phase& f, int half) {
-    this->template project_normed<1>(f, half);
-    if (warp() == kWorkers - 1 && lane() < kTileRows)
-      put_logit(f, first_row(f) + lane(), total(half, 0, lane()) * norm_scale(half, 0));
+  __device__ __forceinline__ void fast_head(const Phase& f) {
+    this->template project_normed<1>(f, 1);
+    if (warp() == kWorkers - 1) {
+      const int row = this->result_row();
+      const float logit = this->result(0, row);
+      if (this->result_is_here()) put_logit(f, first_row(f) + row, logit);
+    }
     draw(f, [&] { return draw_code(f); });
   }
 

@@ -24,8 +24,10 @@ constexpr int kPartWords = 2 * (16 + 2);     // of 16 elements, with total, top 
 constexpr int kFastQkvRows = 32 * kFastDim;  // 16 query, 8 key and 8 value heads
 constexpr int kPlaces = 12;                  // fast positions at most
 constexpr int kOwnRows = 8;                  // of the residual stream
-constexpr int kMostLogits = 1280;            // main logits of a block
-constexpr int kEarlyTiles = 4;               // that a warp takes into registers before it waits
+constexpr int kMostRows = 48;                // of a phase on normalised vectors
+constexpr int kSums = 2 * kWorkers + 4;      // from a row's to the next's: without bank conflicts
+constexpr int kOwnSums = kWorkers + 4;
+constexpr int kMostLogits = 1280;  // main logits of a block
 
 enum Kind { kQkv, kAttend, kCombine, kOutput, kSwiglu, kFastQkv, kFastOutput, kHead, kFastHead };
 enum Source { kWords, kTokens, kCodes };
@@ -36,16 +38,17 @@ struct Phase {
   uint64 norm_weight;  // T [1024], or 0
   int rows;            // of each matrix
   int share;           // of a block: a multiple of 8, all blocks alike, but for kHead
-  int slices;
   int kind, source;
-  int in, out;    // word offsets into `words`
-  int vectors;    // 1, or 2 in the fast stack's first pass
-  int layer;      // of its stack
-  int position;   // of the first vector in the fast stack; of kFastHead: the number of the code that is drawn
-  int units;      // of the ring, in every block; whole steps of kHead
-  int slot;       // of the first
-  uint32 parity;  // of its turn
+  int in;       // word offset into `words`; so is out
+  int vectors;  // 1, or 2 in the fast stack's first pass
+  int out;
+  int slices;
+  int layer;     // of its stack
+  int position;  // of the first vector in the fast stack; of kFastHead: the number of the code that is drawn
+  int units;     // of the ring, in every block; whole steps of kHead
   int unused;
+  int slot;       // of the first unit
+  uint32 parity;  // of its turn
 };
 
 struct PersistentFrameArgs {
@@ -147,7 +150,7 @@ __device__ __forceinline__ int rows_here(const Phase& f) { return max(0, min(f.s
 
 template <class T>
 struct Shared {
-  unsigned char ring[kSlots * kUnitBytes];
+  unsigned char ring[kSlots * kSlotBytes];
   T heads[kWorkers][2][3][kFastDim];  // a warp's query, key and value in fast attention, by vector
   union {
     T cache[4][2][10][8][kFastDim];  // the fast stack's keys and values
@@ -160,13 +163,16 @@ struct Shared {
       float merged[kNearWarps][2][kSlowDim + 2];
     } slow;  // attention's of a warp, before the main draw
   };
-  float partial[2][kWorkers][2][48];  // a warp's part of a phase's results, by vector
+  // The warps' parts of a phase's results, by vector and row: with the high part of x and with the low one; of the
+  // residual stream's. A phase between two of a kind keeps them apart.
+  __align__(16) float partial[2][kMostRows][kSums];
+  __align__(16) float own_partial[2][kOwnRows][kOwnSums];
   T angles[kPlaces][kFastDim];
-  __align__(16) float squares[2][2][2 * kWorkers];  // of x, by vector and half a warp's columns
-  float own[2][kOwnRows];                           // this block's rows of the residual stream, by vector
-  float gumbel[1024];                               // of the fast code that is drawn next
-  uint32 begin[2][kWidth / 2];                      // what a stack begins with, by vector
-  uint32 hidden[kWidth / 2];                        // the slow stack's result
+  __align__(16) float squares[2][2 * kWorkers];  // of x, by vector and half a warp's columns
+  float own[2][kOwnRows];                        // this block's rows of the residual stream, by vector
+  float gumbel[1024];                            // of the fast code that is drawn next
+  uint32 begin[2][kWidth / 2];                   // what a stack begins with, by vector
+  uint32 hidden[kWidth / 2];                     // the slow stack's result
   uint64 full[kSlots], empty[kSlots], past_full;
   Ahead slots[2 * kSamplerWarps];
   Phase phases[8];  // this one, the next four, and those that some may still read

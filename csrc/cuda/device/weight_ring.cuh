@@ -1,7 +1,8 @@
 // A stream of weights through shared memory: one warp copies units in the order in which the others will want them,
 // across the borders of phases, and never waits for activations.
 //
-// A unit is 8 KB in one piece: four rows of 1024 16-bit weights. sm_90 and later: bulk copies that complete on an
+// A unit is 8 KB in one piece: four rows of 1024 16-bit weights. Slots lie 64 bytes further apart, so that 64 bytes of
+// a row and of another in the next unit lie in different banks. sm_90 and later: bulk copies that complete on an
 // mbarrier.
 #pragma once
 
@@ -12,6 +13,7 @@ namespace s1 {
 constexpr int kRowBytes = 1024 * 2;
 constexpr int kUnitRows = 4;
 constexpr int kUnitBytes = kUnitRows * kRowBytes;
+constexpr int kSlotBytes = kUnitBytes + 64;
 
 __device__ __forceinline__ uint32 shared_address(const void* p) {
   return static_cast<uint32>(__cvta_generic_to_shared(p));
@@ -91,12 +93,11 @@ struct RingCursor {
   int slot;
   uint32 parity;
 
-  __device__ __forceinline__ void advance(int units) {
+  __device__ __forceinline__ void advance(int units) {  // no more than there are slots
     slot += units;
-    while (slot >= kSlots) {
-      slot -= kSlots;
-      parity ^= 1u;
-    }
+    const bool turned = slot >= kSlots;
+    slot -= turned ? kSlots : 0;
+    parity ^= static_cast<uint32>(turned);
   }
   __device__ __forceinline__ RingCursor ahead(int units) const {
     RingCursor c = *this;

@@ -75,8 +75,8 @@ class Phase:
         """The struct's bytes, when that many units come before."""
         turn, slot = divmod(first_unit, SLOTS)
         return struct.pack(
-            "<3Q14i", self.weight, self.second, self.norm_weight, self.rows, self.share, self.slices, self.kind,
-            self.source, self.given, self.out, self.vectors, self.layer, self.position, self.units, slot, turn % 2, 0,
+            "<3Q14i", self.weight, self.second, self.norm_weight, self.rows, self.share, self.kind, self.source,
+            self.given, self.vectors, self.out, self.slices, self.layer, self.position, self.units, 0, slot, turn % 2,
         )  # fmt: skip
 
 
