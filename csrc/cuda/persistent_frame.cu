@@ -23,7 +23,8 @@ struct PersistentFrame : FrameDraws<T> {
   using Base::a;
   using Base::s;
 
-  // Starts to copy a phase into its slot. One warp.
+  // Starts to copy a phase into its slot. The last warp, which has the least to do.
+  __device__ __forceinline__ bool fetches() const { return this->warp() == kWorkers - 1; }
   __device__ __forceinline__ void fetch_phase(int p) {
     constexpr int kPieces = sizeof(Phase) / 8;
     if (p >= a.phase_count || this->lane() >= kPieces) return;
@@ -34,15 +35,16 @@ struct PersistentFrame : FrameDraws<T> {
   __device__ void run() {
     for (int i = threadIdx.x; i < min(a.codebooks, kPlaces) * kFastDim; i += kWorkers * 32)
       (&s.angles[0][0])[i] = static_cast<const T*>(a.fast_cos_sin)[i];
-    if (this->warp() == kWorkers - 1)
+    if (fetches()) {
       for (int p = 0; p < 4; ++p) fetch_phase(p);
-    copies_done();
+      copies_done();
+    }
     sync_workers();
     for (int p = 0; p < a.phase_count; ++p) {
       const Phase& f = s.phases[p % 8];
       this->forget_thread();
-      if (this->warp() == kWorkers - 1) {  // which has the least to do
-        copies_done();                     // of phase p + 3, which a barrier of this one or the next two shows to all
+      if (fetches()) {
+        copies_done();  // of phase p + 3, which a barrier of this one or the next two shows to all
         fetch_phase(p + 4);
         if (a.times && this->lane() == 0 && this->block() == 0) a.times[p] = nanoseconds();
       }
@@ -115,19 +117,24 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
     barrier_init(&s.past_full, 1);
     s.position = *a.position;
     s.turn = *a.turn;
-    const int attending = typename PersistentFrame<T>::Share(s.position).warps * 32;
+    const int attending =
+        (s.position <= kWhole ? past_warps(s.position) + 1 : typename PersistentFrame<T>::Share(s.position).warps) * 32;
     begin_barrier(kSampling, kSamplerThreads);
     begin_barrier(kLeaving, attending + 32);
     begin_barrier(kAttending, attending);
     barriers_visible();
   }
   __syncthreads();
-  if (warp_id() == 0) PersistentFrame<T>::copy_past(a, s, 0, 0);
+  if (s.position <= kWhole) {
+    PersistentFrame<T>::copy_whole(a, s, 0, warp_id(), lane_id());
+  } else if (warp_id() == 0) {
+    PersistentFrame<T>::copy_past(a, s, 0, 0);
+  }
   if (warp_id() == kWorkers) {
     if (lane_id() < kCopyLanes) PersistentFrame<T>::stream(a, s);
     return;
   }
-  PersistentFrame<T> frame{{{{a, s, {a.abandoned, false}, static_cast<int>(threadIdx.x)}}}};
+  PersistentFrame<T> frame{{{{{a, s, {a.abandoned, false}, static_cast<int>(threadIdx.x)}}}}};
   frame.run();
 #endif
 }

@@ -28,6 +28,13 @@ __device__ __forceinline__ Vec16 peek4(const uint32* at) {
   return v;
 }
 
+__device__ __forceinline__ uint2 peek2(const uint32* at) {
+  uint2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ bool any_empty(const uint2& v) { return v.x == kEmpty || v.y == kEmpty; }
 __device__ __forceinline__ bool any_empty(const Vec16& v) {
   return v.word[0] == kEmpty || v.word[1] == kEmpty || v.word[2] == kEmpty || v.word[3] == kEmpty;
 }
@@ -73,6 +80,21 @@ struct Waiting {
     Vec16 v[1];
     take4s(at, 0, v);
     return v[0];
+  }
+  // kCount times two words.
+  template <int kCount>
+  __device__ __forceinline__ void take2s(const uint32* const (&at)[kCount], uint2 (&v)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v[i] = peek2(at[i]);
+    for (int n = 0;; ++n) {
+      bool missing[kCount], any = false;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) any |= missing[i] = any_empty(v[i]);
+      if (!any || !again(n)) return;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        if (missing[i]) v[i] = peek2(at[i]);
+    }
   }
   // kCount times two words that are written over and over: each comes with a tag that says which writing it is.
   template <int kCount>

@@ -2,22 +2,21 @@
 // stack's, by every block alike.
 #pragma once
 
-#include "frame_projections.cuh"
-#include "matrices.cuh"
+#include "frame_whole_attention.cuh"
 
 namespace s1 {
 
 template <class T>
-struct FrameAttention : FrameProjections<T> {
-  using Base = FrameProjections<T>;
+struct FrameAttention : FrameWholeAttention<T> {
+  using Base = FrameWholeAttention<T>;
   using Base::a;
+  using Base::kRowWords;
   using Base::lane;
   using Base::s;
   using Base::thread;
   using Base::waiting;
   using Base::warp;
 
-  static constexpr int kRowWords = kSlowDim * sizeof(T) / 4;                  // of a slow key or value
   static constexpr int kRuns = 8, kFreshRow = kNear * kRowWords + kRuns * 4;  // behind the runs, in words
 
   // This block's share of the positions of a slow head. Shared memory holds up to kNear of them, sixteen a warp, for a
@@ -38,10 +37,6 @@ struct FrameAttention : FrameProjections<T> {
       run = warps * (kChunkStep / kRuns);
       rounds = begin < end ? ceil_div(end - begin, kNear) : 0;
     }
-    // Of the head's keys (side 0) or values (side 1) in a layer's cache.
-    __device__ __forceinline__ T* rows(const PersistentFrameArgs& a, int layer, int side) const {
-      return reinterpret_cast<T*>(a.caches[2 * layer + side]) + static_cast<int64>(head) * a.capacity * kSlowDim;
-    }
     // From one run to the next in shared memory, in words.
     __device__ __forceinline__ int stride() const { return run * kRowWords + 4; }
   };
@@ -56,7 +51,7 @@ struct FrameAttention : FrameProjections<T> {
     __syncwarp();
     if (side < 2 && taken > 0)
       bulk_copy(s.slow.past[side] + lane_id() % kRuns * mine.stride(),
-                mine.rows(a, layer, side) + static_cast<int64>(first + skipped) * kSlowDim, taken * kRowWords * 4,
+                Base::rows(a, layer, side) + static_cast<int64>(first + skipped) * kSlowDim, taken * kRowWords * 4,
                 &s.past_full);
   }
 
@@ -67,6 +62,7 @@ struct FrameAttention : FrameProjections<T> {
     constexpr int kHeads = 2 * (kBlocks / kSplits);
     const float scale = rsqrtf(static_cast<float>(kSlowDim)) * kLog2e;
     const int warp = this->warp(), lane = this->lane(), here = s.position;
+    if (here <= kWhole) return this->attend_whole(f);
     const Share mine(here);
     if (mine.rounds == 0 || (warp >= mine.warps && warp != kNearWarps)) return;
     if (warp == kNearWarps) {
@@ -179,7 +175,7 @@ struct FrameAttention : FrameProjections<T> {
     put_parts(f, mine, sum, warp_sum<4>(total), top);
     if (last) {
       const Vec16 fresh = load_vec(s.slow.past[side] + kFreshRow + column / 2);
-      store_vec(mine.rows(a, f.layer, side) + static_cast<int64>(here) * kSlowDim + column, fresh);
+      store_vec(Base::rows(a, f.layer, side) + static_cast<int64>(here) * kSlowDim + column, fresh);
     }
   }
 
@@ -238,7 +234,7 @@ struct FrameAttention : FrameProjections<T> {
   // Second half: this block merges the parts of sixteen elements of one query head: four a lane of half a warp, whose
   // lanes have a part each. No other block reads these words.
   __device__ __forceinline__ void combine(const Phase& f) {
-    if (warp() >= 2) return;
+    if (warp() >= 2 || s.position <= kWhole) return;
     const Share mine(s.position);
     const int first = warp() * 8 + lane() / kSplits * 4, part = lane() % kSplits;
     float2 x[3] = {{0.0f, -infinity()}, {0.0f, 0.0f}, {0.0f, 0.0f}};

@@ -143,7 +143,7 @@ class Phases:
             self.list.append(self._matrix(kind, w.wqkv, w.attention_norm, given=x, out=qkv, source=begins, **common))
             if slow:
                 attended, out = self._room(stack.heads * stack.head_dim // 2), self._room(half)
-                self.list.append(Phase(Kind.ATTEND, given=qkv, layer=i))
+                self.list.append(Phase(Kind.ATTEND, given=qkv, out=attended, layer=i))
                 self.list.append(Phase(Kind.COMBINE, out=attended, layer=i))
                 self.list.append(self._matrix(Kind.OUTPUT, w.wo, None, given=attended, out=out, **common))
             else:
