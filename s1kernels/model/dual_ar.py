@@ -83,8 +83,9 @@ class DualAR:
             q = ops.qk_norm_rotary_append(
                 qkv, layer.q_norm, layer.k_norm, w.cos_sin, position, k_cache, v_cache, c.norm_eps
             )
-            attended = attend(q, k_cache[:, :, : start + T], v_cache[:, :, : start + T], mask)
-            x = x + F.linear(attended, layer.wo, layer.o_bias)
+            del n, qkv  # attention wants the room
+            k, v = (cache[:, :, : start + T] for cache in (k_cache, v_cache))
+            x = x + F.linear(attend(q, k, v, mask), layer.wo, layer.o_bias)
             n = ops.rms_norm(x, layer.ffn_norm, c.norm_eps)
             x = x + F.linear(ops.swiglu(F.linear(n, layer.w1), F.linear(n, layer.w3)), layer.w2)
         return x
