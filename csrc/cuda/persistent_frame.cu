@@ -29,7 +29,7 @@ struct PersistentFrame : FrameDraws<T> {
     constexpr int kPieces = sizeof(Phase) / 8;
     if (p >= a.phase_count || this->lane() >= kPieces) return;
     copy_async8(reinterpret_cast<uint64*>(&s.phases[p % 8]) + this->lane(),
-                reinterpret_cast<const uint64*>(a.phases + p) + this->lane());
+                reinterpret_cast<const uint64*>(this->phase_list(a, s) + p) + this->lane());
   }
 
   __device__ void run() {
@@ -107,7 +107,7 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
 #if S1_ARCH == 0 || S1_ARCH >= 900
   extern __shared__ __align__(128) unsigned char shared[];
   static_assert(sizeof(Shared<T>) <= 231424, "what the host asks for");
-  static_assert(sizeof(Phase) == 80, "as the host writes it");
+  static_assert(sizeof(Phase) == 88, "as the host writes it");
   Shared<T>& s = *reinterpret_cast<Shared<T>*>(shared);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSlots; ++i) {
@@ -116,6 +116,7 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
     }
     barrier_init(&s.past_full, 1);
     s.position = *a.position;
+    s.ring_slots = s.position <= kWhole ? kSlots : kFewSlots;
     s.turn = *a.turn;
     const int attending =
         (s.position <= kWhole ? past_warps(s.position) + 1 : typename PersistentFrame<T>::Share(s.position).warps) * 32;
@@ -126,7 +127,7 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
   }
   __syncthreads();
   if (s.position <= kWhole) {
-    PersistentFrame<T>::copy_whole(a, s, 0, warp_id(), lane_id());
+    PersistentFrame<T>::copy_values(a, s, 0, warp_id(), lane_id());
   } else if (warp_id() == 0) {
     PersistentFrame<T>::copy_past(a, s, 0, 0);
   }

@@ -50,7 +50,7 @@ struct FrameAttention : FrameWholeAttention<T> {
     if (lane_id() == 0) barrier_expect(&s.past_full, 2 * rows * kRowWords * 4);
     __syncwarp();
     if (side < 2 && taken > 0)
-      bulk_copy(s.slow.past[side] + lane_id() % kRuns * mine.stride(),
+      bulk_copy(s.far.past[side] + lane_id() % kRuns * mine.stride(),
                 Base::rows(a, layer, side) + static_cast<int64>(first + skipped) * kSlowDim, taken * kRowWords * 4,
                 &s.past_full);
   }
@@ -94,7 +94,7 @@ struct FrameAttention : FrameWholeAttention<T> {
     if (last) {
       const Vec16 key = norm_rotary<T, kSlowDim>(x[1], k_weight != nullptr, k_weights, angles, a.eps);
       const Vec16 fresh = side == 0 ? key : x[1];
-      store_vec(s.slow.past[side] + kFreshRow + column / 2, fresh);
+      store_vec(s.far.past[side] + kFreshRow + column / 2, fresh);
     }
     __syncwarp();
     // Operand rows g and g + 8 of all products belong to head g / 4 and columns 32 * (g % 4) on. Scores: rows g have
@@ -103,7 +103,7 @@ struct FrameAttention : FrameWholeAttention<T> {
     // zeros in the rows whose columns they are not.
     const int row = lane % 8, matrix = lane / 8, t = lane % 4, group = lane / 4 % 4;
     const uint32 query_at = shared_address(&s.slow.query[warp][row / 4][matrix * 8]);
-    const uint32 past = shared_address(s.slow.past[0]);
+    const uint32 past = shared_address(s.far.past[0]);
     float top = -infinity(), total = 0.0f, sum[4][4] = {};
 #pragma unroll 1
     for (int round = 0; round < mine.rounds; ++round) {
@@ -151,7 +151,7 @@ struct FrameAttention : FrameWholeAttention<T> {
         for (int i = 0; i < 2; ++i) {
           Vec16 value[4];
 #pragma unroll
-          for (int j = 0; j < 4; ++j) value[j] = load_transposed(at[i] + sizeof(s.slow.past[0]) + matrix * 64 + j * 16);
+          for (int j = 0; j < 4; ++j) value[j] = load_transposed(at[i] + sizeof(s.far.past[0]) + matrix * 64 + j * 16);
           const float p = exp2_of(fmaf(score[i][0], scale, -top)), q = exp2_of(fmaf(score[i][1], scale, -top));
           total += p + q;
           const uint32 high = pack<T>(p, q);
@@ -174,7 +174,7 @@ struct FrameAttention : FrameWholeAttention<T> {
     }
     put_parts(f, mine, sum, warp_sum<4>(total), top);
     if (last) {
-      const Vec16 fresh = load_vec(s.slow.past[side] + kFreshRow + column / 2);
+      const Vec16 fresh = load_vec(s.far.past[side] + kFreshRow + column / 2);
       store_vec(Base::rows(a, f.layer, side) + static_cast<int64>(here) * kSlowDim + column, fresh);
     }
   }
@@ -255,6 +255,7 @@ struct FrameAttention : FrameWholeAttention<T> {
 
   // A projection back into the residual stream.
   __device__ __forceinline__ void output(const Phase& f) {
+    if (f.kept != 0) copies_done();  // copy_kept()'s, which the barrier of this phase shows to all
     switch (f.slices) {
       case 1:
         return output<1>(f);
@@ -288,7 +289,7 @@ struct FrameAttention : FrameWholeAttention<T> {
         x[0] = f.position < 8 ? fast_attention<1, 1>(f) : fast_attention<1, 2>(f);
       }
     });
-    keep_head(f);
+    copy_kept(f);
   }
 
   // This lane's part of the result for this warp's query head, of up to kTiles * 8 positions. The warp takes the query
@@ -306,7 +307,7 @@ struct FrameAttention : FrameWholeAttention<T> {
     const uint32 lane = this->lane(), h = warp(), row = lane % 8, matrix = lane / 8, position = f.position;
     const uint32 vector = kVectors == 2 ? row / 4 : 0;
     const uint32 here = position + (kVectors == 2 ? this->part_vector() : 0);
-    const uint32 heads = shared_address(s.heads[h]), kept = shared_address(s.cache[f.layer][0][0][h / 2]);
+    const uint32 heads = shared_address(s.heads[h]), kept = shared_address(s.cache[0][0][h / 2]);
     const uint32 query_at = heads + vector * sizeof(s.heads[0][0]) + (matrix ^ (position + vector) % 8) * 16;
     uint32 key_at[kTiles], value_at[kTiles];
 #pragma unroll
@@ -314,9 +315,9 @@ struct FrameAttention : FrameWholeAttention<T> {
       const uint32 place = min(i * 8 + row, position + kVectors - 1);
       const bool fresh = place >= position;
       const uint32 key = fresh ? heads + (place - position) * sizeof(s.heads[0][0]) + sizeof(s.heads[0][0][0])
-                               : kept + place * sizeof(s.cache[0][0][0]);
+                               : kept + place * sizeof(s.cache[0][0]);
       key_at[i] = key + ((matrix % 2 * 2 + matrix / 2) ^ place % 8 ^ 1) * 16;
-      value_at[i] = key + (fresh ? sizeof(s.heads[0][0][0]) : sizeof(s.cache[0][0])) + (matrix ^ place % 8 ^ 2) * 16;
+      value_at[i] = key + (fresh ? sizeof(s.heads[0][0][0]) : sizeof(s.cache[0])) + (matrix ^ place % 8 ^ 2) * 16;
     }
     Vec16 x[kVectors];
     const uint32 kind = min(matrix, 2u), head = kind == 0 ? h : 8 + 8 * kind + h / 2;  // the last eight lanes repeat
@@ -381,12 +382,20 @@ struct FrameAttention : FrameWholeAttention<T> {
     return y;
   }
 
-  // Puts the new keys and values where later positions find them.
-  __device__ __forceinline__ void keep_head(const Phase& f) {
-    const int h = warp(), vector = lane() / 16, side = lane() / 8 % 2, column = lane() % 8 * 8;
-    if (h % 2 == 0 || vector >= f.vectors) return;
-    store_vec(&s.cache[f.layer][side][f.position + vector][h / 2][column],
-              load_vec(&s.heads[h][vector][1 + side][column]));
+  // Starts to copy the keys and values of the layer that comes next, when all warps are done with this one's: a word a
+  // lane of each, by the first of the two warps that share them. They were passed on in earlier passes, to this warp too.
+  __device__ __forceinline__ void copy_kept(const Phase& f) {
+    const int head = warp() / 2, lane = this->lane(), piece = lane / 16 * 4 + lane % 4, word = lane / 4 % 4;
+    if (warp() % 2 != 0) return;
+#pragma unroll 1
+    for (int place = 0; place < f.kept; ++place) {
+      const uint32* from = a.words + f.past + place * (kFastQkvRows / 2) + (16 + head) * (kFastDim / 2) + lane;
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        uint32* to = reinterpret_cast<uint32*>(s.cache[side][place][head]);
+        copy_async4(to + (piece ^ place % 8 ^ (1 + side)) * 4 + word, from + side * (8 * kFastDim / 2));
+      }
+    }
   }
 
   // -log(noise) of a fast code's rows.

@@ -39,13 +39,13 @@ struct FrameDraws : FrameAttention<T> {
       if (lane() < 8) store_vec(s.hidden + word, x);
     };
     const Vec16 x = this->normed_operand(f, 1, false, this->norm_weights(f), keep, place);
-    RingCursor<kSlots> at{f.slot, f.parity};
+    RingCursor at{f.slot, f.parity, s.ring_slots};
     for (int step = 0; step * kRows < f.share; ++step, at.advance(kUnits)) {
       const int to = step % 2 * kRows;
       typename Base::template Held<2> held;
       const auto own = this->units(at, kUnits);
       this->await(own);
-      this->load_tiles(held, at.slot);
+      this->load_tiles(held, at);
       this->release(own);
       this->multiply_tiles(held, x, place + to * kSums);
       sync_workers();

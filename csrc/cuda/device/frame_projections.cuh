@@ -29,14 +29,21 @@ struct FrameProjections {
   // turn of the ring ahead of another.
   static __device__ void stream(const PersistentFrameArgs& a, Shared<T>& s) {
     const int lane = lane_id();
-    Phase next = a.phases[0];
+    const Phase* phases = phase_list(a, s);
+    const int slots = s.ring_slots;
+    Phase next = phases[0];
     for (int p = 0; p < a.phase_count; ++p) {
       const Phase f = next;
-      if (p + 1 < a.phase_count) next = a.phases[p + 1];
-      RingCursor<kSlots> at = RingCursor<kSlots>{f.slot, f.parity}.ahead(lane);
+      if (p + 1 < a.phase_count) next = phases[p + 1];
+      RingCursor at = RingCursor{f.slot, f.parity, slots}.ahead(lane);
       for (int u = lane; u - lane < f.units; u += kCopyLanes) {
         if (u < f.units) {
           barrier_wait(s.empty + at.slot, at.parity ^ 1);
+          if (p > 0 || u >= kUnderWay) {
+            RingCursor before = at;
+            before.retreat(kUnderWay);
+            barrier_wait(s.full + before.slot, before.parity);
+          }
           copy_unit(s, f, u, at.slot);
         }
         at.advance(kCopyLanes);
@@ -54,6 +61,11 @@ struct FrameProjections {
     barrier_expect(s.full + slot, bytes);
     if (bytes > 0)
       bulk_copy_once(s.ring + slot * kSlotBytes, reinterpret_cast<const void*>(from), bytes, s.full + slot);
+  }
+
+  // The phases for the ring that is in use.
+  static __device__ __forceinline__ const Phase* phase_list(const PersistentFrameArgs& a, const Shared<T>& s) {
+    return a.phases + (s.ring_slots == kSlots ? 0 : a.phase_count);
   }
 
   __device__ __forceinline__ int lane() const { return static_cast<int>(static_cast<uint32>(thread) % 32); }
@@ -77,10 +89,10 @@ struct FrameProjections {
 
   // Units of the ring in a row; and of these, the one that this lane waits for and gives back.
   struct Units {
-    RingCursor<kSlots> first, mine;
+    RingCursor first, mine;
     int count;
   };
-  __device__ __forceinline__ Units units(const RingCursor<kSlots>& first, int count) const {
+  __device__ __forceinline__ Units units(const RingCursor& first, int count) const {
     return {first, first.ahead(lane()), count};
   }
   // Calls f for the lane's unit, or every lane for all.
@@ -94,13 +106,13 @@ struct FrameProjections {
   }
   // Waits for units.
   __device__ __forceinline__ void await(const Units& units) const {
-    each_unit(units, [&](const RingCursor<kSlots>& u) { barrier_wait(s.full + u.slot, u.parity); });
+    each_unit(units, [&](const RingCursor& u) { barrier_wait(s.full + u.slot, u.parity); });
     __syncwarp();
   }
   // Gives them back: this warp has what it wants from them. They are free when all have said so.
   __device__ __forceinline__ void release(const Units& units) const {
     __syncwarp();
-    each_unit(units, [&](const RingCursor<kSlots>& u) { barrier_arrive(s.empty + u.slot); });
+    each_unit(units, [&](const RingCursor& u) { barrier_arrive(s.empty + u.slot); });
   }
 
   struct Spot {
@@ -111,15 +123,16 @@ struct FrameProjections {
   struct Held {
     Vec16 part[kCount][2];  // 8 of the first 32 columns, and of the other
 
-    // at(i): where in the ring this lane's row is, from `first` bytes behind slot `slot` on.
+    // at(i): where in the ring this lane's row is, from `first` bytes behind unit `unit` on.
     template <class At>
-    __device__ __forceinline__ void load(const FrameProjections& frame, int slot, int first, At at) {
+    __device__ __forceinline__ void load(const FrameProjections& frame, const RingCursor& unit, int first, At at) {
+      const int slot = unit.slot, slots = unit.slots;
       const unsigned char* here = frame.s.ring + slot * kSlotBytes + first + frame.warp() * 128 + frame.lane() % 4 * 16;
-      const unsigned char* wrapped = here - kSlots * kSlotBytes;
+      const unsigned char* wrapped = here - slots * kSlotBytes;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const Spot spot = at(i);
-        const unsigned char* from = (slot + spot.unit < kSlots ? here : wrapped) + spot.bytes;
+        const unsigned char* from = (slot + spot.unit < slots ? here : wrapped) + spot.bytes;
         part[i][0] = load_vec(from);
         part[i][1] = load_vec(from + 64);
       }
@@ -200,9 +213,9 @@ struct FrameProjections {
 
   // Loads tiles of 1024 columns, two units each, which the ring's end does not part.
   template <int kTiles>
-  __device__ __forceinline__ void load_tiles(Held<kTiles>& held, int slot) const {
+  __device__ __forceinline__ void load_tiles(Held<kTiles>& held, const RingCursor& unit) const {
     const int row = lane() / 4 % 2 * kSlotBytes + lane() / 8 * kRowBytes;
-    held.load(*this, slot, row, [&](int i) { return Spot{2 * i, 2 * i * kSlotBytes}; });
+    held.load(*this, unit, row, [&](int i) { return Spot{2 * i, 2 * i * kSlotBytes}; });
   }
 
   // Where in s.partial this lane leaves the sums of the first tile; nowhere if its vector is not there.
@@ -230,9 +243,9 @@ struct FrameProjections {
   __device__ __forceinline__ void project_normed(const Phase& f, int vectors, bool begins = false) {
     Held<kTiles> held;
     const Vec16 weights = norm_weights(f);
-    const Units own = units({f.slot, f.parity}, 2 * kTiles);
+    const Units own = units({f.slot, f.parity, s.ring_slots}, 2 * kTiles);
     await(own);
-    load_tiles(held, own.first.slot);
+    load_tiles(held, own.first);
     release(own);
     int place;
     const Vec16 x = normed_operand(f, vectors, begins, weights, [](const Vec16&, int) {}, place);
@@ -247,11 +260,11 @@ struct FrameProjections {
   __device__ __forceinline__ void project_residual(const Phase& f, Ask ask, Take take) {
     Held<kSlices> held;
     Vec16 x[kSlices];
-    const Units own = units({f.slot, f.parity}, 2 * kSlices);
+    const Units own = units({f.slot, f.parity, s.ring_slots}, 2 * kSlices);
     const int first = held_row<kSlices>() * kSlices;  // of this lane's slices
     const int vectors = now(f.vectors);
     await(own);
-    held.load(*this, own.first.slot, first * kRowBytes, [&](int i) {
+    held.load(*this, own.first, first * kRowBytes, [&](int i) {
       const int unit = (first + i) / kUnitRows;
       return Spot{unit, i * kRowBytes + unit * (kSlotBytes - kUnitBytes)};
     });

@@ -11,7 +11,11 @@ namespace s1 {
 
 constexpr int kBlocks = 128;
 constexpr int kWorkers = 16;                    // warps that compute
-constexpr int kSlots = 12;                      // units in the ring
+constexpr int kSlots = 20, kFewSlots = 12;      // units in the ring, at short and at long contexts
+#ifndef S1_CAP
+#define S1_CAP 4
+#endif
+constexpr int kUnderWay = S1_CAP;                    // of them that are copied at a time
 constexpr int kSayers = S1_RACECHECK ? 32 : 1;  // lanes of a warp that wait for a unit, and that give it back
 constexpr int kCopyLanes = 4;                   // that copy units
 constexpr int kWidth = 1024;                    // C of both stacks
@@ -48,6 +52,8 @@ struct Phase {
   int layer;     // of its stack
   int position;  // of the first vector in the fast stack; of kFastHead: the number of the code that is drawn
   int units;     // of the ring, in every block; whole steps of kHead
+  int past;       // of kFastOutput: offset of the qkv of the layer that comes next
+  int kept;       // positions of it; in the phase that waits for them too
   int unused;
   int slot;       // of the first unit
   uint32 parity;  // of its turn
@@ -155,20 +161,25 @@ __device__ __forceinline__ int rows_here(const Phase& f) { return max(0, min(f.s
 
 template <class T>
 struct Shared {
-  unsigned char ring[kSlots * kSlotBytes];
+  union {
+    unsigned char ring[kSlots * kSlotBytes];
+    struct {
+      unsigned char ring[kFewSlots * kSlotBytes];
+      uint32 past[2][(kNear + 1) * kSlowDim / 2 + 32];  // keys and values of a layer
+    } far;                                              // where the past is longer than kWhole
+  };
   T heads[kWorkers][2][3][kFastDim];  // a warp's query, key and value in fast attention, by vector
   union {
-    T cache[4][2][10][8][kFastDim];  // the fast stack's keys and values
+    T cache[2][10][8][kFastDim];  // keys and values of a layer of the fast stack
     struct {
       float value[kMostLogits], gumbel[kMostLogits];
     } logits;  // of the main draw, before the fast stack begins
     struct {
-      uint32 past[2][(kNear + 1) * kSlowDim / 2 + 32];  // keys and values of a layer
       T query[kNearWarps][2][kSlowDim + 8];
       float merged[kNearWarps][2][kSlowDim + 2];
     } slow;  // attention's of a warp, before the main draw
     struct {
-      Vec16 keys[kWorkers - 1][2][4][kWarp], values[kWorkers - 1][kWarp];  // of a layer, by warp and lane
+      Vec16 values[kWorkers - 1][kWarp];  // of a layer, by warp and lane
       T query[kWorkers - 1][kSlowDim];
       float2 sums[kWorkers][kSliceDim / 2], known[kWorkers];  // of a warp's positions; total and top
     } whole;                                                  // instead, where the past is at most kWhole
@@ -184,6 +195,7 @@ struct Shared {
   uint32 begin[2][kWidth / 2];                   // what a stack begins with, by vector
   uint32 hidden[kWidth / 2];                     // the slow stack's result
   uint64 full[kSlots], empty[kSlots], past_full;
+  int ring_slots;  // that are in use
   Ahead slots[2 * kSamplerWarps];
   Phase phases[8];  // this one, the next four, and those that some may still read
   int code;         // of the last draw

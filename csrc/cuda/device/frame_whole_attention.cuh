@@ -34,31 +34,29 @@ struct FrameWholeAttention : FrameProjections<T> {
     return reinterpret_cast<T*>(a.caches[2 * layer + side]) + static_cast<int64>(key_head()) * a.capacity * kSlowDim;
   }
 
-  // Starts to copy this warp's part of a layer's past, each lane what it will hold: of keys rows g and g + 8 of the
-  // sixteen, columns 8t on of every 32, where lane is 4g + t; of values a matrix's row (device/matrices.cuh). The order
-  // of the values' positions is that of the weights in attend_past(). Rows that are not there are the last one.
-  static __device__ __forceinline__ void copy_whole(const PersistentFrameArgs& a, Shared<T>& s, int layer, int warp,
-                                                    int lane) {
-    const int last = s.position - 1, first = warp * kChunkStep, row = lane % 8, matrix = lane / 8;
-    if (layer >= a.slow_layers || warp >= kWorkers - 1 || first > last) return;
-    const auto from = [&](int side, int place) {
-      return rows(a, layer, side) + static_cast<int64>(min(first + place, last)) * kSlowDim;
-    };
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        copy_async(&s.whole.keys[warp][i][j][lane], from(0, i * 8 + lane / 4) + j * 32 + lane % 4 * 8);
-    }
-    copy_async(&s.whole.values[warp][lane],
-               from(1, row / 2 * 2 + row % 2 * 8 + matrix % 2) + slice() * kSliceDim + matrix / 2 * 8);
+  // Of a layer's keys (side 0) or values (side 1), one of this warp's sixteen of the past. Rows that are not there are
+  // the last one.
+  static __device__ __forceinline__ const T* past_row(const PersistentFrameArgs& a, const Shared<T>& s, int layer,
+                                                      int side, int warp, int place) {
+    const int row = min(warp * kChunkStep + place, s.position - 1);
+    return rows(a, layer, side) + static_cast<int64>(row) * kSlowDim;
+  }
+
+  // Starts to copy this warp's values of a layer's past, each lane a matrix's row (device/matrices.cuh). The order of
+  // their positions is that of the weights in attend_past().
+  static __device__ __forceinline__ void copy_values(const PersistentFrameArgs& a, Shared<T>& s, int layer, int warp,
+                                                     int lane) {
+    const int row = lane % 8, matrix = lane / 8;
+    if (layer >= a.slow_layers || warp >= past_warps(s.position)) return;
+    const T* from = past_row(a, s, layer, 1, warp, row / 2 * 2 + row % 2 * 8 + matrix % 2);
+    copy_async(&s.whole.values[warp][lane], from + slice() * kSliceDim + matrix / 2 * 8);
   }
 
   __device__ __forceinline__ void attend_whole(const Phase& f) {
     const int past = past_warps(s.position);
     if (warp() < past) {
       attend_past(f, past);
-      copy_whole(a, s, f.layer + 1, warp(), lane());
+      copy_values(a, s, f.layer + 1, warp(), lane());
     } else if (warp() == kWorkers - 1) {
       attend_own(f, past);
       merge(f, past + 1);
@@ -104,14 +102,15 @@ struct FrameWholeAttention : FrameProjections<T> {
     const int warp = this->warp(), lane = this->lane(), t = lane % 4, place = warp * kChunkStep + lane / 4;
     const Turn turn(a, f.layer, 0, lane);
     const uint2 angles = this->angles();
-    Vec16 key[2][4];
-    copies_done();
-    __syncwarp();
+    Vec16 key[2][4];  // rows g and g + 8 of the sixteen, columns 8t on of every 32, where lane is 4g + t
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      const T* from = past_row(a, s, f.layer, 0, warp, i * 8 + lane / 4) + t * 8;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) key[i][j] = load_vec(&s.whole.keys[warp][i][j][lane]);
+      for (int j = 0; j < 4; ++j) key[i][j] = load_weight(from + j * 32);
     }
+    copies_done();
+    __syncwarp();
     const Vec16 value = load_transposed(shared_address(&s.whole.values[warp][lane]));
     uint2 x[1];
     waiting.take2s({query_words(f)}, x);

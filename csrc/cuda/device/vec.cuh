@@ -36,6 +36,14 @@ __device__ __forceinline__ void copy_async8(uint64* to, const uint64* from) {
   *to = *from;
 #endif
 }
+__device__ __forceinline__ void copy_async4(uint32* to, const uint32* from) {
+#if S1_ARCH >= 800
+  const uint32 at = static_cast<uint32>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from) : "memory");
+#else
+  *to = *from;
+#endif
+}
 __device__ __forceinline__ void copies_done() {
 #if S1_ARCH >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");

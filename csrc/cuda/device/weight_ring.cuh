@@ -87,16 +87,22 @@ __device__ __forceinline__ void barrier_wait(uint64* b, uint32 parity) {
     if (clock64() - start > kPatientCycles) __trap();
 }
 
-// Slot and parity of the unit that comes next.
-template <int kSlots>
+// Slot and parity of the unit that comes next, in a ring of `slots`.
 struct RingCursor {
   int slot;
   uint32 parity;
+  int slots;
 
   __device__ __forceinline__ void advance(int units) {  // no more than there are slots
     slot += units;
-    const bool turned = slot >= kSlots;
-    slot -= turned ? kSlots : 0;
+    const bool turned = slot >= slots;
+    slot -= turned ? slots : 0;
+    parity ^= static_cast<uint32>(turned);
+  }
+  __device__ __forceinline__ void retreat(int units) {
+    slot -= units;
+    const bool turned = slot < 0;
+    slot += turned ? slots : 0;
     parity ^= static_cast<uint32>(turned);
   }
   __device__ __forceinline__ RingCursor ahead(int units) const {

@@ -24,7 +24,8 @@ from s1kernels.model.weights import LayerWeights, Weights
 BLOCKS, WIDTH, SPLITS, PASSES = 128, 1024, 16, 96
 SHARED_BYTES = 231_424  # sizeof(Shared<T>), rounded up
 MOST_LOGITS = 1280  # of a block
-SLOTS, UNIT_ROWS, HEAD_UNITS = 12, 4, 4  # of the weight ring; units of a step of the head
+SLOTS = 20, 12  # of the weight ring, at short and at long contexts
+UNIT_ROWS, HEAD_UNITS = 4, 4  # of a unit of the ring; units of a step of the head
 
 FRAME = Kernel(
     "persistent_frame", "persistent_frame", block=544,
@@ -63,6 +64,8 @@ class Phase:
     vectors: int = 1
     layer: int = 0
     position: int = 0
+    past: int = 0
+    kept: int = 0
 
     @property
     def units(self) -> int:
@@ -71,12 +74,13 @@ class Phase:
         units = -(-self.share * self.slices * matrices // UNIT_ROWS)
         return -(-units // HEAD_UNITS) * HEAD_UNITS if self.kind == Kind.HEAD else units
 
-    def packed(self, first_unit: int) -> bytes:
-        """The struct's bytes, when that many units come before."""
-        turn, slot = divmod(first_unit, SLOTS)
+    def packed(self, first_unit: int, slots: int) -> bytes:
+        """The struct's bytes, when that many units come before in a ring of so many."""
+        turn, slot = divmod(first_unit, slots)
         return struct.pack(
-            "<3Q14i", self.weight, self.second, self.norm_weight, self.rows, self.share, self.kind, self.source,
-            self.given, self.vectors, self.out, self.slices, self.layer, self.position, self.units, 0, slot, turn % 2,
+            "<3Q16i", self.weight, self.second, self.norm_weight, self.rows, self.share, self.kind, self.source,
+            self.given, self.vectors, self.out, self.slices, self.layer, self.position, self.units, self.past, self.kept,
+            0, slot, turn % 2,
         )  # fmt: skip
 
 
@@ -112,6 +116,7 @@ class Phases:
 
     def __init__(self, config: DualARConfig, weights: Weights, head: Tensor) -> None:
         self.config, self.list, self.words = config, [], 0
+        self.fast_qkv = [self._room(config.codebooks * config.fast.qkv_rows // 2) for _ in weights.fast]
         x = self._stack(config.slow, weights.slow, source=Source.TOKENS)
         self.list.append(self._matrix(Kind.HEAD, head, weights.norm, given=x))
         for i in range(1, config.codebooks):
@@ -126,8 +131,11 @@ class Phases:
             )
 
     def packed(self, device: torch.device) -> Tensor:
-        units = accumulate((phase.units for phase in self.list), initial=0)
-        data = b"".join(phase.packed(first) for phase, first in zip(self.list, units, strict=False))
+        """For either ring."""
+        units = list(accumulate((phase.units for phase in self.list), initial=0))
+        data = b"".join(
+            phase.packed(first, slots) for slots in SLOTS for phase, first in zip(self.list, units, strict=False)
+        )
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
 
     def _stack(
@@ -138,7 +146,11 @@ class Phases:
         half = vectors * WIDTH // 2
         for i, w in enumerate(layers):
             common: dict[str, Any] = dict(vectors=vectors, layer=i, position=position)
-            qkv = self._room(vectors * stack.qkv_rows // 2)
+            if slow:
+                qkv, kept = self._room(stack.qkv_rows // 2), 0
+            else:  # every position's stays, for those that come
+                last = i + 1 == len(layers)
+                qkv, kept = self.fast_qkv[i] + position * stack.qkv_rows // 2, position + (vectors if last else 0)
             kind, begins = Kind.QKV if slow else Kind.FAST_QKV, source if i == 0 else Source.WORDS
             self.list.append(self._matrix(kind, w.wqkv, w.attention_norm, given=x, out=qkv, source=begins, **common))
             if slow:
@@ -148,16 +160,19 @@ class Phases:
                 self.list.append(self._matrix(Kind.OUTPUT, w.wo, None, given=attended, out=out, **common))
             else:
                 out = self._room(half)
-                self.list.append(self._matrix(Kind.FAST_OUTPUT, w.wo, None, given=qkv, out=out, **common))
+                past = self.fast_qkv[(i + 1) % len(layers)]
+                self.list.append(
+                    self._matrix(Kind.FAST_OUTPUT, w.wo, None, given=qkv, out=out, past=past, kept=kept, **common)
+                )
             gated, x = self._room(vectors * stack.intermediate // 2), self._room(half)
             self.list.append(self._matrix(Kind.SWIGLU, w.w1, w.ffn_norm, second=w.w3, given=out, out=gated, **common))
-            self.list.append(self._matrix(Kind.OUTPUT, w.w2, None, given=gated, out=x, **common))
+            self.list.append(self._matrix(Kind.OUTPUT, w.w2, None, given=gated, out=x, kept=kept, **common))
         return x
 
     def _matrix(
         self, kind: Kind, weight: Tensor, norm_weight: Tensor | None, *, given: int, out: int = 0,
         second: Tensor | None = None, source: Source = Source.WORDS, vectors: int = 1, layer: int = 0,
-        position: int = 0,
+        position: int = 0, past: int = 0, kept: int = 0,
     ) -> Phase:  # fmt: skip
         rows, columns = weight.shape
         address, second_address, norm_address = (
@@ -165,7 +180,7 @@ class Phases:
         )
         return Phase(
             kind, address, second_address, norm_address, rows, -(-rows // BLOCKS), columns // WIDTH, source, given, out,
-            vectors, layer, position,
+            vectors, layer, position, past, kept,
         )  # fmt: skip
 
     def _room(self, words: int) -> int:
