@@ -17,7 +17,7 @@ struct FrameAttention : FrameWholeAttention<T> {
   using Base::waiting;
   using Base::warp;
 
-  static constexpr int kRuns = 8, kFreshRow = kNear * kRowWords + kRuns * 4;  // behind the runs, in words
+  static constexpr int kRuns = 8;
 
   // This block's share of the positions of a slow head. Shared memory holds up to kNear of them, sixteen a warp, for a
   // round: eight runs of them, two of each run a warp's, so that a matrix's rows come from eight runs; these lie 16
@@ -37,9 +37,33 @@ struct FrameAttention : FrameWholeAttention<T> {
       run = warps * (kChunkStep / kRuns);
       rounds = begin < end ? ceil_div(end - begin, kNear) : 0;
     }
-    // From one run to the next in shared memory, in words.
+    // From one run to the next in shared memory, in words; from the first to the frame's own row, behind the runs; from
+    // keys to values.
     __device__ __forceinline__ int stride() const { return run * kRowWords + 4; }
+    __device__ __forceinline__ int fresh_row() const { return kRuns * stride(); }
+    __device__ __forceinline__ int side() const { return fresh_row() + kRowWords; }
+    // What lies behind the ring: keys and values, then by warp and head its query, then its part of the result with
+    // total and top.
+    __device__ __forceinline__ uint32* past(Shared<T>& s, int side) const {
+      return reinterpret_cast<uint32*>(s.pool + s.ring_slots * kSlotBytes) + side * this->side();
+    }
+    __device__ __forceinline__ T* query(Shared<T>& s, int warp, int head) const {
+      return reinterpret_cast<T*>(past(s, 2)) + (warp * 2 + head) * (kSlowDim + 8);
+    }
+    __device__ __forceinline__ float* part(Shared<T>& s, int warp, int head) const {
+      return reinterpret_cast<float*>(query(s, warps, 0)) + (warp * 2 + head) * (kSlowDim + 2);
+    }
   };
+  template <int kRing, int kWarps>
+  static constexpr bool kFits = kRing * kSlotBytes + 2 * ((kWarps * kChunkStep + 1) * kRowWords + kRuns * 4) * 4 +
+                                    kWarps * 2 * ((kSlowDim + 8) * 2 + (kSlowDim + 2) * 4) <=
+                                kPoolBytes;
+  // The ring that leaves the past its room at a position.
+  static __device__ __forceinline__ int ring_at(int position) {
+    static_assert(kFits<kSlots, 2> && kFits<kSlotsFar, 4> && kFits<kSlotsFarther, kNearWarps>);
+    const int warps = position <= kWhole ? 0 : Share(position).warps;
+    return warps <= 2 ? kSlots : warps <= 4 ? kSlotsFar : kSlotsFarther;
+  }
 
   // Starts to copy a round's keys and values of a layer, the frame's own but for. One warp.
   static __device__ __forceinline__ void copy_past(const PersistentFrameArgs& a, Shared<T>& s, int layer, int round) {
@@ -50,7 +74,7 @@ struct FrameAttention : FrameWholeAttention<T> {
     if (lane_id() == 0) barrier_expect(&s.past_full, 2 * rows * kRowWords * 4);
     __syncwarp();
     if (side < 2 && taken > 0)
-      bulk_copy(s.far.past[side] + lane_id() % kRuns * mine.stride(),
+      bulk_copy(mine.past(s, side) + lane_id() % kRuns * mine.stride(),
                 Base::rows(a, layer, side) + static_cast<int64>(first + skipped) * kSlowDim, taken * kRowWords * 4,
                 &s.past_full);
   }
@@ -90,11 +114,11 @@ struct FrameAttention : FrameWholeAttention<T> {
     }
     __syncwarp();
     x[0] = norm_rotary<T, kSlowDim>(x[0], q_weight != nullptr, q_weights, angles, a.eps);
-    store_vec(&s.slow.query[warp][side][column], x[0]);
+    store_vec(mine.query(s, warp, side) + column, x[0]);
     if (last) {
       const Vec16 key = norm_rotary<T, kSlowDim>(x[1], k_weight != nullptr, k_weights, angles, a.eps);
       const Vec16 fresh = side == 0 ? key : x[1];
-      store_vec(s.far.past[side] + kFreshRow + column / 2, fresh);
+      store_vec(mine.past(s, side) + mine.fresh_row() + column / 2, fresh);
     }
     __syncwarp();
     // Operand rows g and g + 8 of all products belong to head g / 4 and columns 32 * (g % 4) on. Scores: rows g have
@@ -102,8 +126,8 @@ struct FrameAttention : FrameWholeAttention<T> {
     // 8 the low part; each product has half of its inner indices for 32 of the columns and half for 32 others, with
     // zeros in the rows whose columns they are not.
     const int row = lane % 8, matrix = lane / 8, t = lane % 4, group = lane / 4 % 4;
-    const uint32 query_at = shared_address(&s.slow.query[warp][row / 4][matrix * 8]);
-    const uint32 past = shared_address(s.far.past[0]);
+    const uint32 query_at = shared_address(mine.query(s, warp, row / 4) + matrix * 8);
+    const uint32 past = shared_address(mine.past(s, 0));
     float top = -infinity(), total = 0.0f, sum[4][4] = {};
 #pragma unroll 1
     for (int round = 0; round < mine.rounds; ++round) {
@@ -122,7 +146,7 @@ struct FrameAttention : FrameWholeAttention<T> {
           const int place = row * mine.run + i;  // if it is not there, the warp's first instead
           const uint32 kept =
               past + (place < near ? row * mine.stride() + (2 * warp + i) * kRowWords : 2 * warp * kRowWords) * 4;
-          at[i] = before + (place < near ? place : 0) == here ? past + kFreshRow * 4 : kept;
+          at[i] = before + (place < near ? place : 0) == here ? past + mine.fresh_row() * 4 : kept;
           float even[4] = {}, odd[4] = {};
           Vec16 key[4];
 #pragma unroll
@@ -151,7 +175,7 @@ struct FrameAttention : FrameWholeAttention<T> {
         for (int i = 0; i < 2; ++i) {
           Vec16 value[4];
 #pragma unroll
-          for (int j = 0; j < 4; ++j) value[j] = load_transposed(at[i] + sizeof(s.far.past[0]) + matrix * 64 + j * 16);
+          for (int j = 0; j < 4; ++j) value[j] = load_transposed(at[i] + mine.side() * 4 + matrix * 64 + j * 16);
           const float p = exp2_of(fmaf(score[i][0], scale, -top)), q = exp2_of(fmaf(score[i][1], scale, -top));
           total += p + q;
           const uint32 high = pack<T>(p, q);
@@ -174,7 +198,7 @@ struct FrameAttention : FrameWholeAttention<T> {
     }
     put_parts(f, mine, sum, warp_sum<4>(total), top);
     if (last) {
-      const Vec16 fresh = load_vec(s.far.past[side] + kFreshRow + column / 2);
+      const Vec16 fresh = load_vec(mine.past(s, side) + mine.fresh_row() + column / 2);
       store_vec(Base::rows(a, f.layer, side) + static_cast<int64>(here) * kSlowDim + column, fresh);
     }
   }
@@ -193,7 +217,7 @@ struct FrameAttention : FrameWholeAttention<T> {
       if (t < 2) put_tagged2(part_for(mine, reader + t) + 32, total, top, tag(f));
       return;
     }
-    float* to = s.slow.merged[warp()][head];
+    float* to = mine.part(s, warp(), head);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       *reinterpret_cast<float2*>(to + group * 32 + j * 8 + 2 * t) = {sum[j][0] + sum[j][2], sum[j][1] + sum[j][3]};
@@ -207,14 +231,14 @@ struct FrameAttention : FrameWholeAttention<T> {
 #pragma unroll
       for (int w = 0; w < kNearWarps; ++w) {
         known[w] = {0.0f, -infinity()};
-        if (w < mine.warps) known[w] = *reinterpret_cast<const float2*>(s.slow.merged[w][h] + kSlowDim);
+        if (w < mine.warps) known[w] = *reinterpret_cast<const float2*>(mine.part(s, w, h) + kSlowDim);
         most = fmaxf(most, known[w].y);
       }
 #pragma unroll
       for (int w = 0; w < kNearWarps; ++w) {
         if (w >= mine.warps) break;
         const float weight = exp2_of(known[w].y - most);
-        const float2 v = *reinterpret_cast<const float2*>(s.slow.merged[w][h] + d);
+        const float2 v = *reinterpret_cast<const float2*>(mine.part(s, w, h) + d);
         all = fmaf(weight, known[w].x, all);
         y = {fmaf(weight, v.x, y.x), fmaf(weight, v.y, y.y)};
       }

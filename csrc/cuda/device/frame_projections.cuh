@@ -30,7 +30,7 @@ struct FrameProjections {
   static __device__ void stream(const PersistentFrameArgs& a, Shared<T>& s) {
     const int lane = lane_id();
     const Phase* phases = phase_list(a, s);
-    const int slots = s.ring_slots;
+    const int slots = s.ring_slots, under_way = s.under_way;
     Phase next = phases[0];
     for (int p = 0; p < a.phase_count; ++p) {
       const Phase f = next;
@@ -39,9 +39,9 @@ struct FrameProjections {
       for (int u = lane; u - lane < f.units; u += kCopyLanes) {
         if (u < f.units) {
           barrier_wait(s.empty + at.slot, at.parity ^ 1);
-          if (p > 0 || u >= kUnderWay) {
+          if (p > 0 || u >= under_way) {
             RingCursor before = at;
-            before.retreat(kUnderWay);
+            before.retreat(under_way);
             barrier_wait(s.full + before.slot, before.parity);
           }
           copy_unit(s, f, u, at.slot);
@@ -65,7 +65,7 @@ struct FrameProjections {
 
   // The phases for the ring that is in use.
   static __device__ __forceinline__ const Phase* phase_list(const PersistentFrameArgs& a, const Shared<T>& s) {
-    return a.phases + (s.ring_slots == kSlots ? 0 : a.phase_count);
+    return a.phases + (s.ring_slots == kSlots ? 0 : s.ring_slots == kSlotsFar ? 1 : 2) * a.phase_count;
   }
 
   __device__ __forceinline__ int lane() const { return static_cast<int>(static_cast<uint32>(thread) % 32); }

@@ -11,11 +11,9 @@ namespace s1 {
 
 constexpr int kBlocks = 128;
 constexpr int kWorkers = 16;                    // warps that compute
-constexpr int kSlots = 20, kFewSlots = 12;      // units in the ring, at short and at long contexts
-#ifndef S1_CAP
-#define S1_CAP 4
-#endif
-constexpr int kUnderWay = S1_CAP;                    // of them that are copied at a time
+// Units in the ring, and of these, how many are copied at a time. Where many are there, few keep memory busy, and leave
+// words their way. At long contexts the past's keys and values need the room.
+constexpr int kSlots = 20, kUnderWay = 4, kSlotsFar = 18, kSlotsFarther = 12, kUnderWayFarther = 8;
 constexpr int kSayers = S1_RACECHECK ? 32 : 1;  // lanes of a warp that wait for a unit, and that give it back
 constexpr int kCopyLanes = 4;                   // that copy units
 constexpr int kWidth = 1024;                    // C of both stacks
@@ -24,6 +22,7 @@ constexpr int kSlowDim = 128, kFastDim = 64;    // D
 constexpr int kChunkStep = 16;                  // a split's positions are a multiple of it
 constexpr int kNear = 128;                      // of them that shared memory holds at a time
 constexpr int kNearWarps = kNear / kChunkStep;
+constexpr int kPoolBytes = 188544;
 constexpr int kWhole = (kWorkers - 1) * kChunkStep;  // past positions that a block takes of a whole head, a step a warp
 constexpr int kSliceDim = 16;                        // elements of such a block
 constexpr int kPartWords = 2 * (16 + 2);             // of 16 elements, with total, top and tags
@@ -162,28 +161,23 @@ __device__ __forceinline__ int rows_here(const Phase& f) { return max(0, min(f.s
 template <class T>
 struct Shared {
   union {
-    unsigned char ring[kSlots * kSlotBytes];
+    unsigned char pool[kPoolBytes];  // the ring, and behind what is in use of it slow attention's past (frame_attention.cuh)
     struct {
-      unsigned char ring[kFewSlots * kSlotBytes];
-      uint32 past[2][(kNear + 1) * kSlowDim / 2 + 32];  // keys and values of a layer
-    } far;                                              // where the past is longer than kWhole
+      unsigned char ring[kSlots * kSlotBytes];
+      union {
+        T cache[2][10][8][kFastDim];  // keys and values of a layer of the fast stack
+        struct {
+          float value[kMostLogits], gumbel[kMostLogits];
+        } logits;  // of the main draw, before the fast stack begins
+        struct {
+          Vec16 values[kWorkers - 1][kWarp];  // of a layer, by warp and lane
+          T query[kWorkers - 1][kSlowDim];
+          float2 sums[kWorkers][kSliceDim / 2], known[kWorkers];  // of a warp's positions; total and top
+        } whole;                                                  // where the past is at most kWhole
+      };
+    };
   };
-  T heads[kWorkers][2][3][kFastDim];  // a warp's query, key and value in fast attention, by vector
-  union {
-    T cache[2][10][8][kFastDim];  // keys and values of a layer of the fast stack
-    struct {
-      float value[kMostLogits], gumbel[kMostLogits];
-    } logits;  // of the main draw, before the fast stack begins
-    struct {
-      T query[kNearWarps][2][kSlowDim + 8];
-      float merged[kNearWarps][2][kSlowDim + 2];
-    } slow;  // attention's of a warp, before the main draw
-    struct {
-      Vec16 values[kWorkers - 1][kWarp];  // of a layer, by warp and lane
-      T query[kWorkers - 1][kSlowDim];
-      float2 sums[kWorkers][kSliceDim / 2], known[kWorkers];  // of a warp's positions; total and top
-    } whole;                                                  // instead, where the past is at most kWhole
-  };
+  __align__(128) T heads[kWorkers][2][3][kFastDim];  // a warp's query, key and value in fast attention, by vector
   // The warps' parts of a phase's results, by vector and row: with the high part of x and with the low one; of the
   // residual stream's. A phase between two of a kind keeps them apart.
   __align__(16) float partial[2][kMostRows][kSums];
@@ -195,7 +189,7 @@ struct Shared {
   uint32 begin[2][kWidth / 2];                   // what a stack begins with, by vector
   uint32 hidden[kWidth / 2];                     // the slow stack's result
   uint64 full[kSlots], empty[kSlots], past_full;
-  int ring_slots;  // that are in use
+  int ring_slots, under_way;  // that are in use; that are copied at a time
   Ahead slots[2 * kSamplerWarps];
   Phase phases[8];  // this one, the next four, and those that some may still read
   int code;         // of the last draw

@@ -24,7 +24,7 @@ from s1kernels.model.weights import LayerWeights, Weights
 BLOCKS, WIDTH, SPLITS, PASSES = 128, 1024, 16, 96
 SHARED_BYTES = 231_424  # sizeof(Shared<T>), rounded up
 MOST_LOGITS = 1280  # of a block
-SLOTS = 20, 12  # of the weight ring, at short and at long contexts
+SLOTS = 20, 18, 12  # of the weight ring, the longer the past, the fewer
 UNIT_ROWS, HEAD_UNITS = 4, 4  # of a unit of the ring; units of a step of the head
 
 FRAME = Kernel(
@@ -131,7 +131,7 @@ class Phases:
             )
 
     def packed(self, device: torch.device) -> Tensor:
-        """For either ring."""
+        """For every ring."""
         units = list(accumulate((phase.units for phase in self.list), initial=0))
         data = b"".join(
             phase.packed(first, slots) for slots in SLOTS for phase, first in zip(self.list, units, strict=False)
