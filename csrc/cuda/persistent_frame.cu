@@ -117,7 +117,6 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
     barrier_init(&s.past_full, 1);
     s.position = *a.position;
     s.ring_slots = PersistentFrame<T>::ring_at(s.position);
-    s.under_way = s.ring_slots == kSlotsFarther ? kUnderWayFarther : kUnderWay;
     s.turn = *a.turn;
     const int attending =
         (s.position <= kWhole ? past_warps(s.position) + 1 : typename PersistentFrame<T>::Share(s.position).warps) * 32;

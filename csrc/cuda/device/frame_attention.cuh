@@ -407,7 +407,8 @@ struct FrameAttention : FrameWholeAttention<T> {
   }
 
   // Starts to copy the keys and values of the layer that comes next, when all warps are done with this one's: a word a
-  // lane of each, by the first of the two warps that share them. They were passed on in earlier passes, to this warp too.
+  // lane of each, by the first of the two warps that share them. They were passed on in earlier passes, to this warp
+  // too.
   __device__ __forceinline__ void copy_kept(const Phase& f) {
     const int head = warp() / 2, lane = this->lane(), piece = lane / 16 * 4 + lane % 4, word = lane / 4 % 4;
     if (warp() % 2 != 0) return;

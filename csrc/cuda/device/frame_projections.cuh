@@ -30,10 +30,11 @@ struct FrameProjections {
   static __device__ void stream(const PersistentFrameArgs& a, Shared<T>& s) {
     const int lane = lane_id();
     const Phase* phases = phase_list(a, s);
-    const int slots = s.ring_slots, under_way = s.under_way;
+    const int slots = s.ring_slots;
     Phase next = phases[0];
     for (int p = 0; p < a.phase_count; ++p) {
       const Phase f = next;
+      const int under_way = f.kind == kHead ? kUnderWayHead : slots == kSlotsFarther ? kUnderWayFarther : kUnderWay;
       if (p + 1 < a.phase_count) next = phases[p + 1];
       RingCursor at = RingCursor{f.slot, f.parity, slots}.ahead(lane);
       for (int u = lane; u - lane < f.units; u += kCopyLanes) {

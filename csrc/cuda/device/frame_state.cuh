@@ -10,10 +10,12 @@
 namespace s1 {
 
 constexpr int kBlocks = 128;
-constexpr int kWorkers = 16;                    // warps that compute
-// Units in the ring, and of these, how many are copied at a time. Where many are there, few keep memory busy, and leave
-// words their way. At long contexts the past's keys and values need the room.
-constexpr int kSlots = 20, kUnderWay = 4, kSlotsFar = 18, kSlotsFarther = 12, kUnderWayFarther = 8;
+constexpr int kWorkers = 16;  // warps that compute
+// Units in the ring; at long contexts the past's keys and values need the room.
+constexpr int kSlots = 20, kSlotsFar = 18, kSlotsFarther = 12;
+// Of these, that are copied at a time: as few as keep memory busy, since copies stand in the words' way. A short ring
+// must catch up after every phase; the head passes on nothing.
+constexpr int kUnderWay = 4, kUnderWayFarther = 6, kUnderWayHead = 12;
 constexpr int kSayers = S1_RACECHECK ? 32 : 1;  // lanes of a warp that wait for a unit, and that give it back
 constexpr int kCopyLanes = 4;                   // that copy units
 constexpr int kWidth = 1024;                    // C of both stacks
@@ -22,7 +24,7 @@ constexpr int kSlowDim = 128, kFastDim = 64;    // D
 constexpr int kChunkStep = 16;                  // a split's positions are a multiple of it
 constexpr int kNear = 128;                      // of them that shared memory holds at a time
 constexpr int kNearWarps = kNear / kChunkStep;
-constexpr int kPoolBytes = 188544;
+constexpr int kPoolBytes = 188544;              // of shared memory: the ring, and what lies behind it
 constexpr int kWhole = (kWorkers - 1) * kChunkStep;  // past positions that a block takes of a whole head, a step a warp
 constexpr int kSliceDim = 16;                        // elements of such a block
 constexpr int kPartWords = 2 * (16 + 2);             // of 16 elements, with total, top and tags
@@ -51,8 +53,8 @@ struct Phase {
   int layer;     // of its stack
   int position;  // of the first vector in the fast stack; of kFastHead: the number of the code that is drawn
   int units;     // of the ring, in every block; whole steps of kHead
-  int past;       // of kFastOutput: offset of the qkv of the layer that comes next
-  int kept;       // positions of it; in the phase that waits for them too
+  int past;      // of kFastOutput: offset of the qkv of the layer that comes next
+  int kept;      // positions of it; in the phase that waits for them too
   int unused;
   int slot;       // of the first unit
   uint32 parity;  // of its turn
@@ -161,7 +163,8 @@ __device__ __forceinline__ int rows_here(const Phase& f) { return max(0, min(f.s
 template <class T>
 struct Shared {
   union {
-    unsigned char pool[kPoolBytes];  // the ring, and behind what is in use of it slow attention's past (frame_attention.cuh)
+    unsigned char
+        pool[kPoolBytes];  // the ring, and behind what is in use of it slow attention's past (frame_attention.cuh)
     struct {
       unsigned char ring[kSlots * kSlotBytes];
       union {
@@ -189,7 +192,7 @@ struct Shared {
   uint32 begin[2][kWidth / 2];                   // what a stack begins with, by vector
   uint32 hidden[kWidth / 2];                     // the slow stack's result
   uint64 full[kSlots], empty[kSlots], past_full;
-  int ring_slots, under_way;  // that are in use; that are copied at a time
+  int ring_slots;  // that are in use
   Ahead slots[2 * kSamplerWarps];
   Phase phases[8];  // this one, the next four, and those that some may still read
   int code;         // of the last draw

@@ -1,10 +1,10 @@
 // The persistent frame kernel's slow attention at short contexts, in one exchange: a block takes a whole head.
 //
 // Block 8h + i has elements 16i to 16i + 15 of query head h. Of the past, up to kWhole positions, every warp but the
-// last has sixteen: their keys, and those elements of their values, come to shared memory a layer ahead, each warp's
-// for itself. It takes them into registers before it waits for the query, and leaves its part of the softmax's sums to
-// the last warp, which has the frame's own position, and merges. So eight blocks compute the same scores; that is
-// cheaper than a second exchange. A bfloat16 query's norm is applied to its scores, not before it is rounded.
+// last has sixteen: it takes their keys into registers before it waits for the query; those elements of their values
+// come to shared memory a layer ahead. It leaves its part of the softmax's sums to the last warp, which has the frame's
+// own position, and merges. So eight blocks compute the same scores; that is cheaper than a second exchange. A bfloat16
+// query's norm is applied to its scores, not before it is rounded.
 #pragma once
 
 #include "frame_projections.cuh"
@@ -206,7 +206,8 @@ struct FrameWholeAttention : FrameProjections<T> {
       y = {fmaf(by, v.x, y.x), fmaf(by, v.y, y.y)};
     }
     y = {warp_sum<4, 8>(y.x) * inverse, warp_sum<4, 8>(y.y) * inverse};
-    if (lane < 8) put_word(a.words + f.out + this->operand_order(Base::block() * (kSliceDim / 2) + lane), pack<T>(y.x, y.y));
+    if (lane < 8)
+      put_word(a.words + f.out + this->operand_order(Base::block() * (kSliceDim / 2) + lane), pack<T>(y.x, y.y));
   }
 };
 
