@@ -24,7 +24,7 @@ constexpr int kSlowDim = 128, kFastDim = 64;    // D
 constexpr int kChunkStep = 16;                  // a split's positions are a multiple of it
 constexpr int kNear = 128;                      // of them that shared memory holds at a time
 constexpr int kNearWarps = kNear / kChunkStep;
-constexpr int kPoolBytes = 188544;              // of shared memory: the ring, and what lies behind it
+constexpr int kPoolBytes = 188544;                   // of shared memory: the ring, and what lies behind it
 constexpr int kWhole = (kWorkers - 1) * kChunkStep;  // past positions that a block takes of a whole head, a step a warp
 constexpr int kSliceDim = 16;                        // elements of such a block
 constexpr int kPartWords = 2 * (16 + 2);             // of 16 elements, with total, top and tags
