@@ -212,7 +212,8 @@ class Bench:
         forget_caches(model)
         gpu.free(self.device)
         step = contender.step() if contender.step else None
-        few, many = self.options.settle, self.options.settle + contender.frames
+        few = min(self.options.settle, contender.frames)
+        many = few + contender.frames
         before = torch.cuda.memory_allocated(self.device) if self.cuda else 0
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
