@@ -21,7 +21,7 @@ SIZES = {
     "deep": config_of(layers=2, fast_layers=4, codebooks=3, intermediate=3072, positions=720),  # S1-mini's fast stack
 }
 FAULTS = {  # a line of device/frame_projections.cuh, and a copy of the sources lacks the first such
-    "release": "    each_unit(units, [&](const RingCursor<kSlots>& u) { barrier_arrive(s.empty + u.slot); });",
+    "release": "    each_unit(units, [&](const RingCursor& u) { barrier_arrive(s.empty + u.slot); });",
     "barrier": "    sync_workers();",
 }
 
