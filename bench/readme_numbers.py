@@ -72,7 +72,7 @@ def frames(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         if row["cache"] == cache:
             found.setdefault((row["name"], row["rows"]), {})[row["context"]] = row
-    first, lines, notes = contexts[0], [], []
+    first, lines, notes = next(n for n in contexts if n), [], []
     for key, of in found.items():
         title = NAMES.get(key, key[0] if key[1] == "all" else f"{key[0]}, `constrained=True`")
         reasons = dict.fromkeys(row["refused"] for row in of.values() if "refused" in row)
