@@ -23,7 +23,7 @@ struct PersistentFrame : FrameDraws<T> {
   using Base::a;
   using Base::s;
 
-  // Starts to copy a phase into its slot. The last warp, which has the least to do.
+  // The last warp, which has the least to do, starts to copy phases into their slots.
   __device__ __forceinline__ bool fetches() const { return this->warp() == kWorkers - 1; }
   __device__ __forceinline__ void fetch_phase(int p) {
     constexpr int kPieces = sizeof(Phase) / 8;
