@@ -16,6 +16,7 @@ from s1kernels import registry
 from s1kernels.build_info import build_info
 
 torch.set_num_threads(1)  # small models; test_ops.py sets what it needs
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: there are as many workers as cores
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -105,9 +105,10 @@ int cuLaunchKernelEx(const Config* c, u64 function, void** params, void** extra)
 }
 """
 
-# Runs in a process of its own, before what is to be done with `kernel`. NVRTC stays out: it calls the driver too.
-PRELUDE = """
-import os, sys, torch
+# A process that forks for each piece of code that it is given, to be run with `kernel`: importing torch takes seconds.
+# NVRTC stays out: it calls the driver too.
+FORKS = """
+import ctypes, json, os, sys, torch
 from types import SimpleNamespace
 from s1kernels.backends.cuda import device, launch, providers, sources
 from s1kernels.backends.cuda.launch import Kernel
@@ -126,6 +127,14 @@ values = dict(x=1 << 40, out=None, n=-5, factor=0.5)
 def attempt(call):
     try: call()
     except Exception as error: print(repr(f"{type(error).__name__}: {error}"), flush=True)
+for line in sys.stdin:
+    code, env = json.loads(line)
+    if not (child := os.fork()):
+        os.environ |= env
+        exec(code)
+        ctypes.CDLL(None).fflush(None)
+        os._exit(0)  # an orderly end takes a second
+    print("ended", os.waitpid(child, 0)[1], flush=True)
 """
 
 
@@ -158,21 +167,23 @@ def fake_driver(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=["ctypes", "_C"])
-def calls(request, fake_driver, tmp_path):
-    """Runs Python code after the prelude; gives what the driver and the code printed."""
+@pytest.fixture(scope="module", params=["ctypes", "_C"])
+def calls(request, fake_driver, tmp_path_factory):
+    """Runs Python code; gives what the driver and the code printed."""
     if request.param == "_C" and _C is None:
         pytest.skip("s1kernels._C was not built")
+    env = os.environ | {"LD_LIBRARY_PATH": str(fake_driver), "S1KERNELS_CUDA_PROVIDER": "nvrtc"}
+    command, folder = [sys.executable, "-c", FORKS, request.param], tmp_path_factory.mktemp("calls")
+    streams = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
+    with subprocess.Popen(command, env=env, cwd=folder, **streams) as process:
 
-    def run(code, **env):
-        env = os.environ | {"LD_LIBRARY_PATH": str(fake_driver), "S1KERNELS_CUDA_PROVIDER": "nvrtc"} | env
-        command = [sys.executable, "-c", PRELUDE + code, request.param]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        lines = done.stdout.splitlines()
-        return [json.loads(line) if line.startswith("{") else line for line in lines]
+        def run(code, **env):
+            print(json.dumps([code, env]), file=process.stdin)
+            lines = list(iter(lambda: process.stdout.readline().strip(), "ended 0"))
+            assert not [line for line in lines if not line or line.startswith("ended")], lines
+            return [json.loads(line) if line.startswith("{") else line for line in lines]
 
-    return run
+        yield run
 
 
 def test_a_launch_passes_everything_to_the_driver(calls):
