@@ -53,8 +53,8 @@ struct Phase {
   int layer;     // of its stack
   int position;  // of the first vector in the fast stack; of kFastHead: the number of the code that is drawn
   int units;     // of the ring, in every block; whole steps of kHead
-  int past;      // of kFastOutput: offset of the qkv of the layer that comes next
-  int kept;      // positions of it; in the phase that waits for them too
+  int past;      // of kFastOutput: word offset of all positions' qkv of the layer that comes next
+  int kept;      // how many of these positions are copied; in the phase that waits for them too
   int unused;
   int slot;       // of the first unit
   uint32 parity;  // of its turn
@@ -162,9 +162,9 @@ __device__ __forceinline__ int rows_here(const Phase& f) { return max(0, min(f.s
 
 template <class T>
 struct Shared {
+  // The ring; behind what is in use of it slow attention keeps its past (frame_attention.cuh).
   union {
-    unsigned char
-        pool[kPoolBytes];  // the ring, and behind what is in use of it slow attention's past (frame_attention.cuh)
+    unsigned char pool[kPoolBytes];
     struct {
       unsigned char ring[kSlots * kSlotBytes];
       union {
