@@ -22,7 +22,7 @@ SIZES = {
     "deep": config_of(layers=2, fast_layers=4, codebooks=3, intermediate=3072, positions=720),  # S1-mini's fast stack
 }
 FAULTS = {  # a line of device/frame_projections.cuh; a variable of the environment takes the first such out
-    "NO_RELEASE": "    each_unit(at, units, [&](const RingCursor& u) { barrier_arrive(s.empty + u.slot); });",
+    "NO_RELEASE": "    each_unit(units, [&](const RingCursor& u) { barrier_arrive(s.empty + u.slot); });",
     "NO_BARRIER": "    sync_workers();",
 }
 
