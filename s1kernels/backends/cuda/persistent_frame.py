@@ -79,8 +79,8 @@ class Phase:
         turn, slot = divmod(first_unit, slots)
         return struct.pack(
             "<3Q16i", self.weight, self.second, self.norm_weight, self.rows, self.share, self.kind, self.source,
-            self.given, self.vectors, self.out, self.slices, self.layer, self.position, self.units, self.past, self.kept,
-            0, slot, turn % 2,
+            self.given, self.vectors, self.out, self.slices, self.layer, self.position, self.units, self.past,
+            self.kept, 0, slot, turn % 2,
         )  # fmt: skip
 
 
