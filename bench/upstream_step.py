@@ -47,18 +47,21 @@ class NumbersStay(TorchFunctionMode):
 
 
 class Captured:
-    """Upstream's step as it is, captured as a CUDA graph at its first call."""
+    """Upstream's step as it is, captured as a CUDA graph at its first call, and again when generate() has given the
+    model new caches: a graph goes on with those that it has seen."""
 
     def __init__(self, inference: Any) -> None:
         self._step, self._graph = inference.decode_one_token_ar, torch.cuda.CUDAGraph()
         self._given: dict[str, Any] = {}
         self._numbers = NumbersStay()  # the graph reads them
+        self._cache: Any = None
         self._out: Any = None
 
     def __call__(self, **given: Any) -> Tensor:
-        if self._out is None:
+        cache = given["model"].fast_layers[0].attention.kv_cache  # all are made together
+        if cache is not self._cache:
             self._given = {key: value.clone() if isinstance(value, Tensor) else value for key, value in given.items()}
-            self._out = self._capture()
+            self._cache, self._out = cache, self._capture()
         for key, value in given.items():
             if isinstance(value, Tensor):
                 self._given[key].copy_(value)
@@ -66,6 +69,7 @@ class Captured:
         return self._out
 
     def _capture(self) -> Tensor:
+        self._graph.reset()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with self._numbers:
