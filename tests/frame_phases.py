@@ -4,14 +4,15 @@ The words of a frame lie side by side in one tensor, each phase's results in a p
 shows where an error begins.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from s1kernels.backends.cuda.persistent_frame import FRAME, Kind, Phase, Phases, Source
-from s1kernels.model.config import DualARConfig
+from s1kernels.backends.cuda.persistent_frame import FRAME, PARTS, Kind, Phase, Phases, Source
+from s1kernels.model.config import DualARConfig, StackConfig
 from s1kernels.model.weights import Weights
 from s1kernels.ops import references
 from s1kernels.testing import rel_error
@@ -67,10 +68,10 @@ class Frame:
                 case Kind.ATTEND:
                     continue
                 case Kind.COMBINE:
-                    given = self._operand(phase.out, (1, stack.heads * stack.head_dim))
+                    given = self._attended(phase.out, stack)
                     matrix = layer.wo
                     yield name, given, self._slow_attention(phase, qkv)
-                case Kind.OUTPUT:
+                case Kind.SLOW_OUTPUT | Kind.OUTPUT:
                     true = x + given @ matrix.double().T
                     x = self._operand(phase.out, true.shape)
                     yield name, x, true
@@ -96,6 +97,16 @@ class Frame:
         words = self.launch.tensors[FRAME.pointers.index("words")]
         values = words[start : start + torch.Size(shape).numel() // 2].view(self.head.dtype)
         return values.view(shape).double()
+
+    def _attended(self, start: int, stack: StackConfig) -> Tensor:
+        """Slow attention's result: as it is, or its parts by their weights, where these have been written."""
+        size = stack.heads * stack.head_dim
+        words = self.launch.tensors[FRAME.pointers.index("words")][start + PARTS * size // 2 :][: PARTS * stack.heads]
+        if (words == -1).all():
+            return self._operand(start, (1, size))
+        weights = torch.softmax(words.view(torch.float32).double().view(stack.heads, PARTS) * math.log(2.0), 1)
+        parts = self._operand(start, (PARTS, size)).view(PARTS, stack.heads, stack.head_dim)
+        return torch.einsum("hp,phd->hd", weights, parts).view(1, size)
 
     def _operand(self, start: int, shape: tuple[int, ...]) -> Tensor:
         """Words in the order of an operand: of each 32, word 16s + 4t + 2m + h is where 16h + 4t + 2s + m would be."""

@@ -58,6 +58,7 @@ struct PersistentFrame : FrameDraws<T> {
         case kCombine:
           this->combine(f);
           break;
+        case kSlowOutput:
         case kOutput:
           this->output(f);
           break;
@@ -118,19 +119,14 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
     s.position = *a.position;
     s.ring_slots = PersistentFrame<T>::ring_at(s.position);
     s.turn = *a.turn;
-    const int attending =
-        (s.position <= kWhole ? past_warps(s.position) + 1 : typename PersistentFrame<T>::Share(s.position).warps) * 32;
+    const int attending = PersistentFrame<T>::attending_warps(s.position) * 32;
     begin_barrier(kSampling, kSamplerThreads);
     begin_barrier(kLeaving, attending + 32);
     begin_barrier(kAttending, attending);
     barriers_visible();
   }
   __syncthreads();
-  if (s.position <= kWhole) {
-    PersistentFrame<T>::copy_values(a, s, 0, warp_id(), lane_id());
-  } else if (warp_id() == 0) {
-    PersistentFrame<T>::copy_past(a, s, 0, 0);
-  }
+  PersistentFrame<T>::begin_past(a, s);
   if (warp_id() == kWorkers) {
     if (lane_id() < kCopyLanes) PersistentFrame<T>::stream(a, s);
     return;
