@@ -9,8 +9,8 @@
 //   blocks alike instead of being passed on: norms, the frame's embedding, the fast stack's attention, the fast codes'
 //   draws.
 // Memory: every weight once a frame, the fast stack's N-1 times; bound by it.
-// Numerics: as the ops': results are rounded to T where the ops' are; a normalised x keeps 16 bits or more
-//   (device/gemv.cuh). The same bits in every call: all sums have a fixed order.
+// Numerics: as the ops': results are rounded to T where the ops' are, slow attention's part by part; a normalised x
+//   keeps 16 bits or more (device/gemv.cuh). The same bits in every call: all sums have a fixed order.
 // Requires: sm_90 or later, kBlocks SMs, 16-bit T, both stacks 1024 wide, all of a block's shares whole; slow D 128 and
 //   H/G 2 with G*16 = kBlocks, fast D 64 and H/G 2 without norms, no biases, no projection, no repetition-aware draws.
 #include "device/frame_draws.cuh"

@@ -81,6 +81,7 @@ struct Waiting {
         if (missing[i]) v[i] = peek4(at + i * step);
     }
   }
+  // One word.
   __device__ __forceinline__ void insist(const uint32* at, uint32& word) {
     for (int n = 0; word == kEmpty && again(n); ++n) word = peek(at);
   }

@@ -64,7 +64,7 @@ struct FrameAttention : FrameWholeAttention<T> {
                   Base::template kRoomFits<kMostParts, kSlots, 8> &&
                   Base::template kRoomFits<kMostParts, kSlotsFar, kWorkers - 1>);
     static_assert(kFits<kSlotsFar, 4> && kFits<kSlotsFarther, kNearWarps>);
-    if (position <= kMostParts * 8 * kChunkStep) return kSlots;
+    if (position <= kMostParts * 8 * kChunkStep) return kSlots;  // eight warps of each part, or one part
     return position <= kParted || Share(position).warps <= 4 ? kSlotsFar : kSlotsFarther;
   }
   // Warps of this block that attend, but for the one that copies the past.
@@ -77,9 +77,9 @@ struct FrameAttention : FrameWholeAttention<T> {
   // Starts to copy what the first layer attends to. Every warp calls it.
   static __device__ __forceinline__ void begin_past(const PersistentFrameArgs& a, Shared<T>& s) {
     if (s.position <= kWhole) {
-      Base::template copy_values<1>(a, s, 0, warp_id(), lane_id());
+      Base::template begin_parts<1>(a, s, warp_id(), lane_id());
     } else if (s.position <= kParted) {
-      Base::template copy_values<kMostParts>(a, s, 0, warp_id(), lane_id());
+      Base::template begin_parts<kMostParts>(a, s, warp_id(), lane_id());
     } else if (warp_id() == 0) {
       copy_past(a, s, 0, 0);
     }
@@ -319,11 +319,10 @@ struct FrameAttention : FrameWholeAttention<T> {
   // which a warp has one in each slice: lanes with an even g work it out for the first slice, the others for the
   // second.
   __device__ __forceinline__ void output_of_parts(const Phase& f) {
-    constexpr int kStep = kWidth / 2, kHeads = Base::kQueryHeads / 2;  // of a slice
+    constexpr int kStep = kWidth / 2;
     const auto from = [&] { return a.words + (f.in + lane() / 8 * Base::kHeadsWords + this->part_word()); };
     const auto level_at = [&] {
-      const int head = lane() / 4 % 2 * kHeads + warp() / 2;
-      return a.words + (f.in + kMostParts * Base::kHeadsWords + head * kMostParts + lane() % 4);
+      return a.words + (f.in + Base::level_word(lane() / 4 % 2 * 8 + warp() / 2, lane() % 4));
     };
     uint32 level;
     this->template project_residual<2>(

@@ -1,14 +1,14 @@
 // The persistent frame kernel's slow attention in one exchange, at short and middling contexts.
 //
-// The past's positions are kParts parts: up to kWhole of them one, up to kParted kMostParts. Block 8h + i has of query
+// The past's positions are one part up to kWhole of them, kMostParts parts up to kParted. Block 8h + i has of query
 // head h part i % kParts and of its 128 elements slice i / kParts, 16 * kParts wide. Of its part every warp but the
 // last has sixteen positions: it takes their keys into registers before it waits for the query; the slice of their
 // values comes to shared memory a layer ahead. It leaves its sums of the softmax to the last warp, which merges, and in
 // the last part has the frame's own position. So 8 / kParts blocks compute the same scores; that is cheaper than a
-// second exchange. A bfloat16 query's norm is applied to its scores, not before it is rounded. What is passed on: of
-// every part its result, rounded to T, as an operand, [kParts, 16 * 128]; behind these, if there is more than one, how
-// much it weighs, the binary logarithm of its total as float32, [16, kMostParts]. The projection that follows merges
-// its products with the parts (output_of_parts() in frame_attention.cuh).
+// second exchange. A bfloat16 query's norm is applied to its scores, not before it is rounded. Passed on: of every part
+// its result, rounded to T, as an operand, [kParts, 16 * 128]; where there are more than one, behind these its level,
+// the binary logarithm of its softmax's total, as float32 (level_word()). The projection merges its products with the
+// parts (output_of_parts() in frame_attention.cuh).
 #pragma once
 
 #include "frame_projections.cuh"
@@ -27,11 +27,12 @@ struct FrameWholeAttention : FrameProjections<T> {
   using Base::warp;
 
   static constexpr int kQueryHeads = 16, kKeyHeads = 8;
-  static constexpr int kRowWords = kSlowDim * sizeof(T) / 4;  // of a slow query, key or value
-
+  static constexpr int kRowWords = kSlowDim * sizeof(T) / 4;   // of a slow query, key or value
   static constexpr int kHeadsWords = kQueryHeads * kRowWords;  // of a part's results
   template <int kParts>
   static constexpr int kSliceDim = kSlowDim / 8 * kParts;
+  template <int kParts>
+  static constexpr uint32 kLanes = kSliceDim<kParts> / 4;  // that have four elements each of a slice
 
   // Behind the ring; of `past` as much as there are warps that have a past.
   template <int kParts>
@@ -40,7 +41,7 @@ struct FrameWholeAttention : FrameProjections<T> {
     float sums[kWorkers][kSliceDim<kParts>];
     struct {
       Vec16 values[kParts][kWarp];  // of a layer, 16 elements in a row, by lane
-      T query[kSlowDim];
+      uint32 query[2][2][4][4];     // of 64 columns, even or odd words, by t: of 32 and of 32 columns two words each
     } past[kWorkers - 1];
   };
   template <int kParts, int kRing, int kWarps>
@@ -54,12 +55,18 @@ struct FrameWholeAttention : FrameProjections<T> {
   static __device__ __forceinline__ int query_head() { return Base::block() / 8; }
   static __device__ __forceinline__ int key_head() { return Base::block() / 16; }
   template <int kParts>
-  static __device__ __forceinline__ int part() {
-    return Base::block() % kParts;
+  static __device__ __forceinline__ uint32 part() {
+    return static_cast<uint32>(Base::block()) % kParts;
   }
   template <int kParts>
-  static __device__ __forceinline__ int slice() {
-    return Base::block() % 8 / kParts;
+  static __device__ __forceinline__ uint32 slice() {
+    return static_cast<uint32>(Base::block()) % 8 / kParts;
+  }
+
+  // Where behind the results a part's level is. A warp of the projection has heads h and h + 8, which lie side by side;
+  // those of others lie in other lines, since every warp of every block asks for its own.
+  static __device__ __forceinline__ int level_word(int head, int part) {
+    return kMostParts * kHeadsWords + head % 8 * 32 + head / 8 * kMostParts + part;
   }
 
   // The past's positions in this block's part, and the warps that have them.
@@ -69,8 +76,8 @@ struct FrameWholeAttention : FrameProjections<T> {
   };
   template <int kParts>
   static __device__ __forceinline__ Past past(int position) {
-    const int begin = part<kParts>() * position / kParts;
-    return {begin, (part<kParts>() + 1) * position / kParts - begin};
+    const uint32 before = part<kParts>() * position, begin = before / kParts, end = (before + position) / kParts;
+    return {static_cast<int>(begin), static_cast<int>(end - begin)};
   }
 
   // A layer's keys (side 0) or values (side 1) of this block's key/value head, in its cache.
@@ -89,15 +96,25 @@ struct FrameWholeAttention : FrameProjections<T> {
   // Starts to copy this warp's values of a layer, each lane a matrix's row (device/matrices.cuh). The order of their
   // positions is that of the weights in attend_past().
   template <int kParts>
-  static __device__ __forceinline__ void copy_values(const PersistentFrameArgs& a, Shared<T>& s, int layer, int warp,
-                                                     int lane) {
+  static __device__ __forceinline__ void copy_values(const PersistentFrameArgs& a, Shared<T>& s, const Past& past,
+                                                     int layer, int warp, int lane) {
     const int row = lane % 8, matrix = lane / 8;
-    const Past past = FrameWholeAttention::past<kParts>(s.position);
     if (layer >= a.slow_layers || warp >= past.warps()) return;
-    const T* from = past_row(a, past, layer, 1, warp, row / 2 * 2 + row % 2 * 8 + matrix % 2) +
-                    slice<kParts>() * kSliceDim<kParts> + matrix / 2 * 8;
+    const T* from = past_row(a, past, layer, 1, warp, row / 2 * 2 + row % 2 * 8 + matrix / 2) +
+                    slice<kParts>() * kSliceDim<kParts> + matrix % 2 * 8;
+    Vec16* to = &room<kParts>(s).past[warp].values[0][lane];
 #pragma unroll
-    for (int i = 0; i < kParts; ++i) copy_async(&room<kParts>(s).past[warp].values[i][lane], from + i * 16);
+    for (int i = 0; i < kParts; ++i) copy_async(to + i * kWarp, from + i * 16);
+  }
+
+  // What has to be there before the first layer: each warp's values, and zeros where no warp will leave sums.
+  template <int kParts>
+  static __device__ __forceinline__ void begin_parts(const PersistentFrameArgs& a, Shared<T>& s, int warp, int lane) {
+    copy_values<kParts>(a, s, past<kParts>(s.position), 0, warp, lane);
+    if (warp != kWorkers - 1) return;
+    Room<kParts>& left = room<kParts>(s);
+    if (lane < kWorkers) left.known[lane] = {0.0f, -infinity()};
+    for (int i = lane; i < kWorkers * kSliceDim<kParts>; i += kWarp) (&left.sums[0][0])[i] = 0.0f;
   }
 
   template <int kParts>
@@ -105,12 +122,19 @@ struct FrameWholeAttention : FrameProjections<T> {
     const Past past = FrameWholeAttention::past<kParts>(s.position);
     if (warp() < past.warps()) {
       attend_past<kParts>(f, past);
-      copy_values<kParts>(a, s, f.layer + 1, warp(), lane());
+      copy_values<kParts>(a, s, past, f.layer + 1, warp(), lane());
     } else if (warp() == kWorkers - 1) {
+      constexpr int kPairs = kSliceDim<kParts> / 2;
+      const int word = query_head() * kRowWords + slice<kParts>() * kPairs + lane();
+      const int result_at = this->now(f.out + part<kParts>() * kHeadsWords + this->operand_order(word));
+      const int level = f.out + level_word(query_head(), part<kParts>());
+      const int level_at = this->now(kParts > 1 && word % kRowWords == 0 ? level : Base::kNowhere);
       const bool own = part<kParts>() == kParts - 1;
-      if (own) attend_own<kParts>(f, past.warps());
+      Fresh fresh{};
+      if (own) fresh = attend_own<kParts>(f, past.warps());
       sync_attending(past.warps() + 1);
-      merge<kParts>(f, past.warps() + own);
+      merge<kParts>(result_at, level_at);
+      if (own) keep<kParts>(f, fresh);
     }
   }
 
@@ -137,15 +161,16 @@ struct FrameWholeAttention : FrameProjections<T> {
     // What y is still to be multiplied by. All lanes call it.
     __device__ __forceinline__ float scale(float square, float eps) const {
       const float mean = warp_sum(square) * (1.0f / kSlowDim);
-      return normed ? rsqrtf(mean + eps) : 1.0f;
+      return normed ? rsqrt_of(mean + eps) : 1.0f;
     }
   };
   static __device__ __forceinline__ uint2 load_pairs(const T* at) { return *reinterpret_cast<const uint2*>(at); }
   __device__ __forceinline__ uint2 angles() const {
     return load_pairs(static_cast<const T*>(a.cos_sin) + static_cast<int64>(s.position) * kSlowDim + lane() * 4);
   }
-  __device__ __forceinline__ const uint32* query_words(const Phase& f) const {
-    return a.words + f.in + query_head() * kRowWords + lane() * 2;
+  // The lane's four elements of a slow query, key or value.
+  __device__ __forceinline__ const uint32* row_words(const Phase& f, int row) const {
+    return a.words + (f.in + row * kRowWords + lane() * 2);
   }
 
   // Sixteen positions of the past.
@@ -153,9 +178,10 @@ struct FrameWholeAttention : FrameProjections<T> {
   __device__ __forceinline__ void attend_past(const Phase& f, const Past& past) {
     const int warp = this->warp(), lane = this->lane(), g = lane / 4, t = lane % 4, place = warp * kChunkStep + g;
     auto& mine = room<kParts>(s).past[warp];
+    uint32* query_at = &mine.query[lane / 16][0][lane / 2 % 4][lane / 8 % 2 * 2 + lane % 2];
     const Turn turn(a, f.layer, 0, lane);
     const uint2 angles = this->angles();
-    Vec16 key[2][4];  // rows g and g + 8 of the sixteen, columns 8t on of every 32
+    Vec16 key[2][4];  // positions g and g + 8 of the sixteen, columns 8t on of every 32
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const T* from = past_row(a, past, f.layer, 0, warp, i * 8 + g) + t * 8;
@@ -167,8 +193,10 @@ struct FrameWholeAttention : FrameProjections<T> {
     Vec16 value[kParts];
 #pragma unroll
     for (int i = 0; i < kParts; ++i) value[i] = load_transposed(shared_address(&mine.values[i][lane]));
+    float* const sums = room<kParts>(s).sums[warp] + t * 16 + g;
+    float2* const known = room<kParts>(s).known + warp;
     uint2 x[1];
-    waiting.take2s({query_words(f)}, x);
+    waiting.take2s({row_words(f, query_head())}, x);
     __syncwarp();
     float scale = rsqrtf(static_cast<float>(kSlowDim)) * kLog2e, square;
     float2 y[2];
@@ -178,19 +206,24 @@ struct FrameWholeAttention : FrameProjections<T> {
       y[0] = {y[0].x * by, y[0].y * by};
       y[1] = {y[1].x * by, y[1].y * by};
     }
-    *reinterpret_cast<uint2*>(mine.query + lane * 4) = {pack<T>(y[0].x, y[0].y), pack<T>(y[1].x, y[1].y)};
+    query_at[0] = pack<T>(y[0].x, y[0].y);
+    query_at[16] = pack<T>(y[1].x, y[1].y);
     __syncwarp();
-    // Scores: operand rows are positions, all operand columns the query.
-    float even[4] = {}, odd[4] = {};
+    // Scores, of 32 columns a product: operand rows g are the even words of position g's key, rows g + 8 the odd words;
+    // so are, by turns, the operand columns of the query.
+    float sum[2][4] = {};
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const Vec16 q = load_vec(mine.query + j * 32 + t * 8), &k = key[0][j], &l = key[1][j];
-      Mma<T>::add(even, k.word[0], l.word[0], k.word[1], l.word[1], q.word[0], q.word[1]);
-      Mma<T>::add(odd, k.word[2], l.word[2], k.word[3], l.word[3], q.word[2], q.word[3]);
+    for (int j = 0; j < 2; ++j) {
+      const Vec16 q = load_vec(mine.query[j][g % 2][t]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Vec16& k = key[i % 2][2 * j + i / 2];
+        Mma<T>::add(sum[i % 2], k.word[0], k.word[1], k.word[2], k.word[3], q.word[i / 2 * 2], q.word[i / 2 * 2 + 1]);
+      }
     }
     if constexpr (!kScaleBeforeRounding<T>) scale *= turn.scale(square, a.eps);
-    const float score[2] = {place < past.count ? even[0] + odd[0] : -infinity(),
-                            place + 8 < past.count ? even[2] + odd[2] : -infinity()};
+    const float score[2] = {place < past.count ? sum[0][0] + sum[0][3] : -infinity(),
+                            place + 8 < past.count ? sum[1][0] + sum[1][3] : -infinity()};
     const float top = from_ordered(largest(ordered(fmaxf(score[0], score[1])))) * scale;
     const float p = exp2_of(fmaf(score[0], scale, -top)), q = exp2_of(fmaf(score[1], scale, -top));
     const uint32 high = pack<T>(p, q);
@@ -200,37 +233,38 @@ struct FrameWholeAttention : FrameProjections<T> {
     // positions 2t and 2t + 8, then of 2t + 1 and 2t + 9.
     const uint32 said = t % 2 == 0 ? high : rest, ones = pack<T>(1.0f, 1.0f);
     const uint32 w[2] = {__shfl_sync(kAllLanes, said, t * 8 + g % 2), __shfl_sync(kAllLanes, said, t * 8 + 4 + g % 2)};
-    float total[4] = {}, own[2];  // of tile t, elements g and g + 8
+    float total[4] = {}, left[2];  // elements g and g + 8 of 16
     Mma<T>::add(total, ones, ones, ones, ones, w[0], w[1]);
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       float sum[4] = {};
       const Vec16& v = value[i];
-      Mma<T>::add(sum, v.word[0], v.word[2], v.word[1], v.word[3], w[0], w[1]);
+      Mma<T>::add(sum, v.word[0], v.word[1], v.word[2], v.word[3], w[0], w[1]);
       if (i > 0 && t != i) continue;
-      own[0] = sum[0] + sum[1];
-      own[1] = sum[2] + sum[3];
+      left[0] = sum[0] + sum[1];
+      left[1] = sum[2] + sum[3];
     }
-    float* sums = room<kParts>(s).sums[warp] + t * 16 + g;
     if (t < kParts) {
-      sums[0] = own[0];
-      sums[8] = own[1];
+      sums[0] = left[0];
+      sums[8] = left[1];
     }
-    if (lane == 0) room<kParts>(s).known[warp] = {total[0] + total[1], top};
+    if (lane == 0) *known = {total[0] + total[1], top};
     leave_part(past.warps());
   }
 
-  // The frame's own position, whose key and value are on their way; and that they are kept.
+  // The frame's own position, whose key and value are on their way.
+  struct Fresh {
+    uint2 key, value;  // the lane's four elements, rounded
+  };
   template <int kParts>
-  __device__ __forceinline__ void attend_own(const Phase& f, int place) {
-    constexpr int kLanes = kSliceDim<kParts> / 4;  // that have four elements each of the slice of the value
-    const int lane = this->lane(), element = lane % kLanes * 4, column = slice<kParts>() * kSliceDim<kParts> + element;
+  __device__ __forceinline__ Fresh attend_own(const Phase& f, int place) {
+    const int lane = this->lane(), key_row = kQueryHeads + key_head();
     const Turn q_turn(a, f.layer, 0, lane), k_turn(a, f.layer, 1, lane);
     const uint2 angles = this->angles();
-    const uint32 *keys = a.words + f.in + (kQueryHeads + key_head()) * kRowWords,
-                 *values = keys + kKeyHeads * kRowWords;
+    float* const sums = room<kParts>(s).sums[place] + lane % kLanes<kParts> * 4;
+    float2* const known = room<kParts>(s).known + place;
     uint2 x[3];
-    waiting.take2s({query_words(f), keys + lane * 2, values + column / 2}, x);
+    waiting.take2s({row_words(f, query_head()), row_words(f, key_row), row_words(f, key_row + kKeyHeads)}, x);
     __syncwarp();
     float2 q[2], k[2];
     float q_square, k_square;
@@ -239,44 +273,43 @@ struct FrameWholeAttention : FrameProjections<T> {
     const float dot = fmaf(q[0].x, k[0].x, q[0].y * k[0].y) + fmaf(q[1].x, k[1].x, q[1].y * k[1].y);
     const float k_scale = k_turn.scale(k_square, a.eps), q_scale = q_turn.scale(q_square, a.eps);
     const float score = warp_sum(dot) * q_scale * k_scale * (rsqrtf(static_cast<float>(kSlowDim)) * kLog2e);
-    if (lane < kLanes) {
+    if (lane / kLanes<kParts> == slice<kParts>()) {
       const float2 low = unpack<T>(x[2].x), high = unpack<T>(x[2].y);
-      *reinterpret_cast<float4*>(room<kParts>(s).sums[place] + element) = {low.x, low.y, high.x, high.y};
+      *reinterpret_cast<float4*>(sums) = {low.x, low.y, high.x, high.y};
     }
-    if (lane == 0) room<kParts>(s).known[place] = {1.0f, score};
-    const auto keep = [&](int side, int column, const uint2& what) {
-      *reinterpret_cast<uint2*>(rows(a, f.layer, side) + static_cast<int64>(s.position) * kSlowDim + column) = what;
-    };
-    if (query_head() % 2 == 0 && lane < kLanes) keep(1, column, x[2]);
-    if (query_head() % 2 == 0 && slice<kParts>() == 0)
-      keep(0, lane * 4, {pack<T>(k[0].x * k_scale, k[0].y * k_scale), pack<T>(k[1].x * k_scale, k[1].y * k_scale)});
+    if (lane == 0) *known = {1.0f, score};
+    return {{pack<T>(k[0].x * k_scale, k[0].y * k_scale), pack<T>(k[1].x * k_scale, k[1].y * k_scale)}, x[2]};
+  }
+  // One block of a key/value head keeps its key and value.
+  template <int kParts>
+  __device__ __forceinline__ void keep(const Phase& f, const Fresh& fresh) {
+    if (query_head() % 2 != 0 || slice<kParts>() != 0) return;
+    const int64 at = static_cast<int64>(s.position) * kSlowDim + lane() * 4;
+    *reinterpret_cast<uint2*>(rows(a, f.layer, 0) + at) = fresh.key;
+    *reinterpret_cast<uint2*>(rows(a, f.layer, 1) + at) = fresh.value;
   }
 
-  // Merges what `count` warps have left. A lane has two elements, of as many warps as the others leave it.
+  // Merges what the warps have left: of those that leave nothing, begin_parts() left zeros. A lane has two elements, of
+  // every kAtOnce'th warp.
   template <int kParts>
-  __device__ __forceinline__ void merge(const Phase& f, int count) {
+  __device__ __forceinline__ void merge(int result_at, int level_at) {
     constexpr int kPairs = kSliceDim<kParts> / 2, kAtOnce = kWarp / kPairs;
-    const int lane = this->lane(), place = lane % kWorkers, head = query_head();
+    const int lane = this->lane();
     const Room<kParts>& left = room<kParts>(s);
-    float2 known{0.0f, -infinity()}, y{0.0f, 0.0f};
-    if (place < count) known = left.known[place];
+    const float2 known = left.known[lane % kWorkers];
     const float top = from_ordered(largest(ordered(known.y))), weight = exp2_of(known.y - top);
-    const float total = warp_sum<kWorkers>(weight * known.x);
-    if (kParts > 1 && slice<kParts>() == 0 && lane == 0)
-      put_float(a.words + f.out + kMostParts * kHeadsWords + head * kMostParts + part<kParts>(), top + log2_of(total));
+    const float total = warp_sum<kWorkers>(weight * known.x), inverse = inverse_of(total);
+    if (level_at >= 0) put_float(a.words + level_at, top + log2_of(total));
+    float2 y{0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < kWorkers / kAtOnce; ++i) {
       const int from = i * kAtOnce + lane / kPairs;
       const float by = __shfl_sync(kAllLanes, weight, from);
-      if (from >= count) continue;
       const float2 v = *reinterpret_cast<const float2*>(left.sums[from] + lane % kPairs * 2);
       y = {fmaf(by, v.x, y.x), fmaf(by, v.y, y.y)};
     }
-    const float inverse = inverse_of(total);
     y = {warp_sum<kAtOnce, kPairs>(y.x) * inverse, warp_sum<kAtOnce, kPairs>(y.y) * inverse};
-    uint32* to = a.words + f.out + part<kParts>() * kHeadsWords;
-    if (lane < kPairs)
-      put_word(to + this->operand_order(head * kRowWords + slice<kParts>() * kPairs + lane), pack<T>(y.x, y.y));
+    if (lane < kPairs) put_word(a.words + result_at, pack<T>(y.x, y.y));
   }
 };
 

@@ -24,6 +24,8 @@ from s1kernels.model.weights import LayerWeights, Weights
 BLOCKS, WIDTH, SPLITS, PARTS, PASSES = 128, 1024, 16, 4, 96
 SHARED_BYTES = 231_424  # sizeof(Shared<T>), rounded up
 MOST_LOGITS = 1280  # of a block
+WHOLE, PARTED = 240, 960  # past positions up to which slow attention is one exchange: in one part, in PARTS
+LEVELS = 8 * 32  # words with the weights of these parts
 SLOTS = 20, 18, 12  # of the weight ring, the longer the past, the fewer
 UNIT_ROWS, HEAD_UNITS = 4, 4  # of a unit of the ring; units of a step of the head
 
@@ -154,8 +156,8 @@ class Phases:
             kind, begins = Kind.QKV if slow else Kind.FAST_QKV, source if i == 0 else Source.WORDS
             self.list.append(self._matrix(kind, w.wqkv, w.attention_norm, given=x, out=qkv, source=begins, **common))
             if slow:
-                # of every part of the past; and how much each weighs
-                attended, out = self._room(PARTS * stack.heads * (stack.head_dim // 2 + 1)), self._room(half)
+                results = PARTS * stack.heads * stack.head_dim // 2
+                attended, out = self._room(results + LEVELS), self._room(half)
                 self.list.append(Phase(Kind.ATTEND, given=qkv, out=attended, layer=i))
                 self.list.append(Phase(Kind.COMBINE, out=attended, layer=i))
                 self.list.append(self._matrix(Kind.SLOW_OUTPUT, w.wo, None, given=attended, out=out, **common))
