@@ -135,7 +135,7 @@ class Frame:
     def _slow_attention(self, phase: Phase, qkv: Tensor) -> Tensor:
         c, w = self.config.slow, self.weights.slow[phase.layer]
         q = qkv[0, : c.heads * c.head_dim].view(c.heads, c.head_dim)
-        scale = torch.ones(c.heads, 1, dtype=q.dtype)
+        scale = q.new_ones(c.heads, 1)
         if w.q_norm is not None:
             scale, q = self._scale(q), q * w.q_norm.double()
         q = rotated(q, self.weights.cos_sin[self.position])
