@@ -4,14 +4,15 @@ The words of a frame lie side by side in one tensor, each phase's results in a p
 shows where an error begins.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from s1kernels.backends.cuda.persistent_frame import FRAME, Kind, Phase, Phases, Source
-from s1kernels.model.config import DualARConfig
+from s1kernels.backends.cuda.persistent_frame import FRAME, LEVELS, PARTED, PARTS, WHOLE, Kind, Phase, Phases, Source
+from s1kernels.model.config import DualARConfig, StackConfig
 from s1kernels.model.weights import Weights
 from s1kernels.ops import references
 from s1kernels.testing import rel_error
@@ -67,10 +68,10 @@ class Frame:
                 case Kind.ATTEND:
                     continue
                 case Kind.COMBINE:
-                    given = self._operand(phase.out, (1, stack.heads * stack.head_dim))
+                    given = self._attended(phase.out, stack)
                     matrix = layer.wo
                     yield name, given, self._slow_attention(phase, qkv)
-                case Kind.OUTPUT:
+                case Kind.SLOW_OUTPUT | Kind.OUTPUT:
                     true = x + given @ matrix.double().T
                     x = self._operand(phase.out, true.shape)
                     yield name, x, true
@@ -97,6 +98,17 @@ class Frame:
         values = words[start : start + torch.Size(shape).numel() // 2].view(self.head.dtype)
         return values.view(shape).double()
 
+    def _attended(self, start: int, stack: StackConfig) -> Tensor:
+        """Slow attention's result: as it is, or of its parts."""
+        size = stack.heads * stack.head_dim
+        if not WHOLE < self.position <= PARTED:
+            return self._operand(start, (1, size))
+        words = self.launch.tensors[FRAME.pointers.index("words")][start + PARTS * size // 2 :][:LEVELS]
+        levels = words.view(torch.float32).double().view(8, 32)[:, : 2 * PARTS].view(8, 2, PARTS).transpose(0, 1)
+        weights = torch.softmax(levels.reshape(stack.heads, PARTS) * math.log(2.0), 1)
+        parts = self._operand(start, (PARTS, size)).view(PARTS, stack.heads, stack.head_dim)
+        return torch.einsum("hp,phd->hd", weights, parts).view(1, size)
+
     def _operand(self, start: int, shape: tuple[int, ...]) -> Tensor:
         """Words in the order of an operand: of each 32, word 16s + 4t + 2m + h is where 16h + 4t + 2s + m would be."""
         return self._words(start, shape).view(-1, 2, 4, 2, 2, 2).permute(0, 3, 2, 4, 1, 5).reshape(shape)
@@ -115,14 +127,22 @@ class Frame:
         return torch.cat([x, code]) if phase.vectors == 2 else code
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return x * (x.square().mean(-1, keepdim=True) + self.config.norm_eps).rsqrt() * weight.double()
+        return x * self._scale(x) * weight.double()
+
+    def _scale(self, x: Tensor) -> Tensor:
+        return (x.square().mean(-1, keepdim=True) + self.config.norm_eps).rsqrt()
 
     def _slow_attention(self, phase: Phase, qkv: Tensor) -> Tensor:
         c, w = self.config.slow, self.weights.slow[phase.layer]
         q = qkv[0, : c.heads * c.head_dim].view(c.heads, c.head_dim)
+        scale = q.new_ones(c.heads, 1)
         if w.q_norm is not None:
-            q = self._normed(q, w.q_norm)
-        q = rotated(q, self.weights.cos_sin[self.position]).to(self.head.dtype).double()
+            scale, q = self._scale(q), q * w.q_norm.double()
+        q = rotated(q, self.weights.cos_sin[self.position])
+        if self.head.dtype == torch.bfloat16 and self.position <= PARTED:  # rounded before its scores are scaled
+            q = q.to(self.head.dtype).double() * scale
+        else:
+            q = (q * scale).to(self.head.dtype).double()
         k, v = (cache[phase.layer][:, : self.position + 1].double() for cache in (self.k, self.v))
         return attention(q.view(c.kv_heads, -1, c.head_dim), k, v).view(1, -1)
 

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 HALVES = [torch.bfloat16, torch.float16]
 SIZES = {
-    "small": config_of(layers=1, fast_layers=1, codebooks=3, intermediate=1024, positions=720),
-    "deep": config_of(layers=2, fast_layers=4, codebooks=3, intermediate=3072, positions=720),  # S1-mini's fast stack
+    "small": config_of(layers=1, fast_layers=1, codebooks=3, intermediate=1024, positions=1100),
+    "deep": config_of(layers=2, fast_layers=4, codebooks=3, intermediate=3072, positions=1100),  # S1-mini's fast stack
 }
 FAULTS = {  # a line of device/frame_projections.cuh; a variable of the environment takes the first such out
     "NO_RELEASE": "    each_unit(units, [&](const RingCursor& u) { barrier_arrive(s.empty + u.slot); });",
@@ -67,7 +67,9 @@ def same_bits(a, b):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "position"), [*itertools.product(HALVES, [17, 700]), (HALVES[0], 0), (HALVES[0], 128)], ids=str
+    ("dtype", "position"),
+    [*itertools.product(HALVES, [17, 700, 1030]), *((HALVES[0], p) for p in (0, 128, 240, 241, 513, 960, 961))],
+    ids=str,
 )
 def test_a_frame_is_right(small_frame, dtype, position):
     """Logits, keys and values no farther from float64 than 1.5 times plain torch; draws as its logits and torch's
@@ -75,20 +77,21 @@ def test_a_frame_is_right(small_frame, dtype, position):
     assert small_frame(dtype, position, 1).faults() == []
 
 
-@pytest.mark.parametrize(("dtype", "position"), [(HALVES[0], 700), (HALVES[1], 17)], ids=str)
+@pytest.mark.parametrize(("dtype", "position"), [(HALVES[0], 700), (HALVES[0], 1030), (HALVES[1], 17)], ids=str)
 def test_the_order_of_threads_changes_no_bit(small_frame, dtype, position):
     assert same_bits(small_frame(dtype, position, 1), small_frame(dtype, position, 2))
 
 
-def test_every_phase_of_many_layers_passes_on_what_it_should(library):
-    """Both stacks' shapes, at a position that attends to more than a warp takes; and a wrong word is found."""
+@pytest.mark.parametrize("position", [128, 700, 1030])
+def test_every_phase_of_many_layers_passes_on_what_it_should(library, position):
+    """Both stacks' shapes, at a position of each way to attend; and a wrong word is found."""
     one = model("deep", HALVES[0], True)
-    frame = run_frame(one, library(HALVES[0]), 700, seed=3)
+    frame = run_frame(one, library(HALVES[0]), position, seed=3)
     assert frame.faults() == []
     k, v = frame.caches.split(one.config.slow.layers)
     phases = frame_phases.Frame(
-        one.config, one.weights, one.rows.head, frame.launch, frame.tokens[0], torch.tensor(frame.codes), 700, [*k],
-        [*v], frame.main_logits, frame.fast_logits[0],
+        one.config, one.weights, one.rows.head, frame.launch, frame.tokens[0], torch.tensor(frame.codes), position,
+        [*k], [*v], frame.main_logits, frame.fast_logits[0],
     )  # fmt: skip
     phases.check()
     swiglu = next(p for p in Phases(one.config, one.weights, one.rows.head).list if p.kind == Kind.SWIGLU)
@@ -107,9 +110,10 @@ def test_a_second_call_gives_the_same_bits(library, small_frame):
     assert same_bits(frame, small_frame(HALVES[0], 17, 1))
 
 
-def test_what_racecheck_sees_computes_the_same(library, small_frame):
-    frame = run_frame(model("small", HALVES[0], True), library("racecheck"), 17, seed=1)
-    assert same_bits(frame, small_frame(HALVES[0], 17, 1))
+@pytest.mark.parametrize("position", [17, 700])
+def test_what_racecheck_sees_computes_the_same(library, small_frame, position):
+    frame = run_frame(model("small", HALVES[0], True), library("racecheck"), position, seed=1)
+    assert same_bits(frame, small_frame(HALVES[0], position, 1))
 
 
 def test_a_missing_release_is_a_deadlock(library, monkeypatch):

@@ -34,7 +34,7 @@ def test_it_needs_cooperative_launches(monkeypatch):
     assert served.generate(prompt("s1_mini", 4, "cuda"), 3, SAMPLED, seed=1).shape[1] == 3
 
 
-@pytest.mark.parametrize("position", [1, 300, 2300])
+@pytest.mark.parametrize("position", [1, 200, 300, 900, 2300])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_phase_passes_on_what_it_should(dtype, position):
     e, text = build("s1_mini_heads", "cuda", dtype), prompt("s1_mini_heads", position + 1, "cuda")
@@ -51,16 +51,17 @@ def test_every_phase_passes_on_what_it_should(dtype, position):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_its_logits_are_those_of_the_ops_kernels(name, dtype, constrained):
-    """Frame by frame from the same tokens and windows; positions on both sides of what one step of a block reads and of
-    what it keeps in shared memory. Truth is float32's, for which both kinds of kernels have to be as near. The fast
-    logits are those of the token that was drawn: where the logits' rounding makes a draw another, there is no truth."""
+    """Frame by frame from the same tokens and windows; positions on both sides of what one step of a block reads, of
+    what it attends to in one exchange and of what it keeps in shared memory. Truth is float32's, for which both kinds
+    of kernels have to be as near. The fast logits are those of the token that was drawn: where the logits' rounding
+    makes a draw another, there is no truth."""
     one, many = (engine(name, dtype, p, constrained=constrained) for p in (True, False))
     assert one.decoder.frame.persistent is None and many.decoder.frame.persistent
     exact = without(Engine(one.config, one.weights.to(torch.float32), constrained=constrained))
     text = prompt(name, 2900, "cuda")
     window = torch.randint(0, 1024, (text.shape[0], 16), dtype=torch.int32, device="cuda")
     others = 0
-    for t in (1, 2, 15, 16, 17, 255, 256, 257, 511, 512, 599, 2559, 2560, 2899):
+    for t in (1, 2, 15, 16, 17, 239, 240, 241, 512, 513, 700, 960, 961, 1023, 1024, 2559, 2560, 2899):
         drawn = set()
         for e in (one, many, exact):
             e.prefill(text[:, :t])

@@ -9,8 +9,8 @@
 //   blocks alike instead of being passed on: norms, the frame's embedding, the fast stack's attention, the fast codes'
 //   draws.
 // Memory: every weight once a frame, the fast stack's N-1 times; bound by it.
-// Numerics: as the ops': results are rounded to T where the ops' are; a normalised x keeps 16 bits or more
-//   (device/gemv.cuh). The same bits in every call: all sums have a fixed order.
+// Numerics: as the ops': results are rounded to T where the ops' are, slow attention's part by part; a normalised x
+//   keeps 16 bits or more (device/gemv.cuh). The same bits in every call: all sums have a fixed order.
 // Requires: sm_90 or later, kBlocks SMs, 16-bit T, both stacks 1024 wide, all of a block's shares whole; slow D 128 and
 //   H/G 2 with G*16 = kBlocks, fast D 64 and H/G 2 without norms, no biases, no projection, no repetition-aware draws.
 #include "device/frame_draws.cuh"
@@ -58,6 +58,7 @@ struct PersistentFrame : FrameDraws<T> {
         case kCombine:
           this->combine(f);
           break;
+        case kSlowOutput:
         case kOutput:
           this->output(f);
           break;
@@ -118,19 +119,14 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
     s.position = *a.position;
     s.ring_slots = PersistentFrame<T>::ring_at(s.position);
     s.turn = *a.turn;
-    const int attending =
-        (s.position <= kWhole ? past_warps(s.position) + 1 : typename PersistentFrame<T>::Share(s.position).warps) * 32;
+    const int attending = PersistentFrame<T>::attending_warps(s.position) * 32;
     begin_barrier(kSampling, kSamplerThreads);
     begin_barrier(kLeaving, attending + 32);
     begin_barrier(kAttending, attending);
     barriers_visible();
   }
   __syncthreads();
-  if (s.position <= kWhole) {
-    PersistentFrame<T>::copy_values(a, s, 0, warp_id(), lane_id());
-  } else if (warp_id() == 0) {
-    PersistentFrame<T>::copy_past(a, s, 0, 0);
-  }
+  PersistentFrame<T>::begin_past(a, s);
   if (warp_id() == kWorkers) {
     if (lane_id() < kCopyLanes) PersistentFrame<T>::stream(a, s);
     return;

@@ -187,16 +187,13 @@ def _phase_stages(phases: list[Any]) -> list[str]:
     from s1kernels.backends.cuda.persistent_frame import Kind
 
     of = {
-        Kind.QKV: "slow qkv", Kind.ATTEND: "slow attention", Kind.COMBINE: "slow attention", Kind.HEAD: "head",
-        Kind.FAST_QKV: "fast qkv", Kind.FAST_OUTPUT: "fast wo", Kind.FAST_HEAD: "fast head",
+        Kind.QKV: "slow qkv", Kind.ATTEND: "slow attention", Kind.COMBINE: "slow attention",
+        Kind.SLOW_OUTPUT: "slow wo", Kind.HEAD: "head", Kind.FAST_QKV: "fast qkv", Kind.FAST_OUTPUT: "fast wo",
+        Kind.FAST_HEAD: "fast head",
     }  # fmt: skip
     stages, fast = [], False
-    for before, phase in zip([None, *phases], phases, strict=False):
-        if phase.kind == Kind.OUTPUT:
-            ffn = before is not None and before.kind == Kind.SWIGLU
-            stages.append(f"{'fast' if fast else 'slow'} {'ffn' if ffn else 'wo'}")
-        else:
-            stages.append(of.get(phase.kind, f"{'fast' if fast else 'slow'} ffn"))
+    for phase in phases:
+        stages.append(of.get(phase.kind, f"{'fast' if fast else 'slow'} ffn"))
         fast |= phase.kind == Kind.HEAD
     return stages
 

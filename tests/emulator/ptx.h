@@ -82,6 +82,7 @@ PTX(cvt_rn_bf16_f32)(uint16_t& y, float x, Site) { y = to_bfloat16(x); }
 PTX(cvt_rn_f16x2_f32)(uint32_t& y, float high, float low, Site) { y = to_float16(low) | to_float16(high) << 16; }
 PTX(cvt_rn_bf16x2_f32)(uint32_t& y, float high, float low, Site) { y = to_bfloat16(low) | to_bfloat16(high) << 16; }
 PTX(ex2_approx_ftz_f32)(float& y, float x, Site) { y = exp2f(x); }
+PTX(lg2_approx_ftz_f32)(float& y, float x, Site) { y = log2f(x); }
 PTX(rsqrt_approx_ftz_f32)(float& y, float x, Site) { y = rsqrtf(x); }
 PTX(rcp_approx_ftz_f32)(float& y, float x, Site) { y = 1.0f / x; }
 

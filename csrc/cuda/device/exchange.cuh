@@ -19,6 +19,11 @@ __device__ __forceinline__ void put_word(uint32* at, uint32 word) {
 }
 __device__ __forceinline__ void put_float(uint32* at, float x) { put_word(at, __float_as_uint(x)); }
 
+__device__ __forceinline__ uint32 peek(const uint32* at) {
+  uint32 word;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(at) : "memory");
+  return word;
+}
 __device__ __forceinline__ Vec16 peek4(const uint32* at) {
   Vec16 v;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -75,6 +80,10 @@ struct Waiting {
       for (int i = 0; i < kCount; ++i)
         if (missing[i]) v[i] = peek4(at + i * step);
     }
+  }
+  // One word.
+  __device__ __forceinline__ void insist(const uint32* at, uint32& word) {
+    for (int n = 0; word == kEmpty && again(n); ++n) word = peek(at);
   }
   __device__ __forceinline__ Vec16 take4(const uint32* at) {
     Vec16 v[1];

@@ -60,9 +60,29 @@ struct FrameAttention : FrameWholeAttention<T> {
                                 kPoolBytes;
   // The ring that leaves the past its room at a position.
   static __device__ __forceinline__ int ring_at(int position) {
-    static_assert(kFits<kSlots, 2> && kFits<kSlotsFar, 4> && kFits<kSlotsFarther, kNearWarps>);
-    const int warps = position <= kWhole ? 0 : Share(position).warps;
-    return warps <= 2 ? kSlots : warps <= 4 ? kSlotsFar : kSlotsFarther;
+    static_assert(Base::template kRoomFits<1, kSlots, kWorkers - 1> &&
+                  Base::template kRoomFits<kMostParts, kSlots, 8> &&
+                  Base::template kRoomFits<kMostParts, kSlotsFar, kWorkers - 1>);
+    static_assert(kFits<kSlotsFar, 4> && kFits<kSlotsFarther, kNearWarps>);
+    if (position <= kMostParts * 8 * kChunkStep) return kSlots;  // eight warps of each part, or one part
+    return position <= kParted || Share(position).warps <= 4 ? kSlotsFar : kSlotsFarther;
+  }
+  // Warps of this block that attend, but for the one that copies the past.
+  static __device__ __forceinline__ int attending_warps(int position) {
+    return position <= kWhole    ? Base::template past<1>(position).warps() + 1
+           : position <= kParted ? Base::template past<kMostParts>(position).warps() + 1
+                                 : Share(position).warps;
+  }
+
+  // Starts to copy what the first layer attends to. Every warp calls it.
+  static __device__ __forceinline__ void begin_past(const PersistentFrameArgs& a, Shared<T>& s) {
+    if (s.position <= kWhole) {
+      Base::template begin_parts<1>(a, s, warp_id(), lane_id());
+    } else if (s.position <= kParted) {
+      Base::template begin_parts<kMostParts>(a, s, warp_id(), lane_id());
+    } else if (warp_id() == 0) {
+      copy_past(a, s, 0, 0);
+    }
   }
 
   // Starts to copy a round's keys and values of a layer, the frame's own but for. One warp.
@@ -86,7 +106,8 @@ struct FrameAttention : FrameWholeAttention<T> {
     constexpr int kHeads = 2 * (kBlocks / kSplits);
     const float scale = rsqrtf(static_cast<float>(kSlowDim)) * kLog2e;
     const int warp = this->warp(), lane = this->lane(), here = s.position;
-    if (here <= kWhole) return this->attend_whole(f);
+    if (here <= kWhole) return this->template attend_in_parts<1>(f);
+    if (here <= kParted) return this->template attend_in_parts<kMostParts>(f);
     const Share mine(here);
     if (mine.rounds == 0 || (warp >= mine.warps && warp != kNearWarps)) return;
     if (warp == kNearWarps) {
@@ -208,15 +229,6 @@ struct FrameAttention : FrameWholeAttention<T> {
   __device__ __forceinline__ void put_parts(const Phase& f, const Share& mine, const float (&sum)[4][4], float total,
                                             float top) {
     const int head = lane() / 16, group = lane() / 4 % 4, t = lane() % 4;
-    if (mine.warps == 1) {
-      const int reader = head * 8 + group * 2;
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        put_tagged2(part_for(mine, reader + j / 2) + (j % 2 * 8 + 2 * t) * 2, sum[j][0] + sum[j][2],
-                    sum[j][1] + sum[j][3], tag(f));
-      if (t < 2) put_tagged2(part_for(mine, reader + t) + 32, total, top, tag(f));
-      return;
-    }
     float* to = mine.part(s, warp(), head);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
@@ -258,7 +270,7 @@ struct FrameAttention : FrameWholeAttention<T> {
   // Second half: this block merges the parts of sixteen elements of one query head: four a lane of half a warp, whose
   // lanes have a part each. No other block reads these words.
   __device__ __forceinline__ void combine(const Phase& f) {
-    if (warp() >= 2 || s.position <= kWhole) return;
+    if (warp() >= 2 || s.position <= kParted) return;
     const Share mine(s.position);
     const int first = warp() * 8 + lane() / kSplits * 4, part = lane() % kSplits;
     float2 x[3] = {{0.0f, -infinity()}, {0.0f, 0.0f}, {0.0f, 0.0f}};
@@ -280,6 +292,7 @@ struct FrameAttention : FrameWholeAttention<T> {
   // A projection back into the residual stream.
   __device__ __forceinline__ void output(const Phase& f) {
     if (f.kept != 0) copies_done();  // copy_kept()'s, which the barrier of this phase shows to all
+    if (f.kind == kSlowOutput && s.position > kWhole && s.position <= kParted) return output_of_parts(f);
     switch (f.slices) {
       case 1:
         return output<1>(f);
@@ -299,6 +312,39 @@ struct FrameAttention : FrameWholeAttention<T> {
     this->template project_residual<kSlices>(
         f, [&](Vec16(&x)[kSlices], int vectors) { waiting.ask4s(from(vectors), kStep, x); },
         [&](Vec16(&x)[kSlices], int vectors) { waiting.insist4s(from(vectors), kStep, x); });
+  }
+
+  // The projection behind slow attention in parts. Operand columns 2q and 2q + 1 are what part q passed on, so that its
+  // product is in lanes 4g + q. Every product counts as much as its part weighs among those of its warp's head, of
+  // which a warp has one in each slice: lanes with an even g work it out for the first slice, the others for the
+  // second.
+  __device__ __forceinline__ void output_of_parts(const Phase& f) {
+    constexpr int kStep = kWidth / 2;
+    const auto from = [&] { return a.words + (f.in + lane() / 8 * Base::kHeadsWords + this->part_word()); };
+    const auto level_at = [&] {
+      return a.words + (f.in + Base::level_word(lane() / 4 % 2 * 8 + warp() / 2, lane() % 4));
+    };
+    uint32 level;
+    this->template project_residual<2>(
+        f,
+        [&](Vec16(&x)[2], int) {
+          waiting.ask4s(from(), kStep, x);
+          level = peek(level_at());
+        },
+        [&](Vec16(&x)[2], int) {
+          waiting.insist4s(from(), kStep, x);
+          waiting.insist(level_at(), level);
+        },
+        [&](const float (&y)[2]) {
+          const float own = __uint_as_float(level);
+          float all = 1.0f;
+#pragma unroll
+          for (int i = 1; i < kMostParts; ++i) all += exp2_of(__shfl_xor_sync(kAllLanes, own, i) - own);
+          const float weight = inverse_of(all);
+          const float first = __shfl_sync(kAllLanes, weight, lane() & ~4),
+                      second = __shfl_sync(kAllLanes, weight, lane() | 4);
+          return warp_sum<kMostParts>(fmaf(y[0], first, y[1] * second));
+        });
   }
 
   // Fast attention, by every block alike, and its projection: a warp's columns are a query head, so that it needs no

@@ -255,10 +255,20 @@ struct FrameProjections {
     forget_thread();
   }
 
+  template <int kCount>
+  struct SumOf {
+    __device__ __forceinline__ float operator()(const float (&y)[kCount]) const {
+      float sum = y[0];
+#pragma unroll
+      for (int i = 1; i < kCount; ++i) sum += y[i];
+      return sum;
+    }
+  };
   // A phase of one tile, kSlices * 1024 columns wide, on vectors as they are: its 8 rows are added to the residual
-  // stream. ask(x, vectors) asks for this warp's columns, and take(x, vectors) gets them.
-  template <int kSlices, class Ask, class Take>
-  __device__ __forceinline__ void project_residual(const Phase& f, Ask ask, Take take) {
+  // stream. ask(x, vectors) asks for this warp's columns, take(x, vectors) gets them, and sum(y) adds up the slices'
+  // products.
+  template <int kSlices, class Ask, class Take, class Sum = SumOf<kSlices>>
+  __device__ __forceinline__ void project_residual(const Phase& f, Ask ask, Take take, Sum sum = {}) {
     Held<kSlices> held;
     Vec16 x[kSlices];
     const Units own = units({f.slot, f.parity, s.ring_slots}, 2 * kSlices);
@@ -274,13 +284,14 @@ struct FrameProjections {
     const int place = (lane() % 4 / 2 * kOwnRows + held_row<kSlices>()) * kOwnSums + warp();
     const int to = now(lane() % 2 == 0 && lane() % 4 / 2 < vectors ? place : kNowhere);
     take(x, vectors);
-    float y;
+    float products[kSlices];
 #pragma unroll
     for (int i = 0; i < kSlices; ++i) {
-      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-      held.multiply(sum, i, x[i]);
-      y = i == 0 ? product(sum) : y + product(sum);
+      float results[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      held.multiply(results, i, x[i]);
+      products[i] = product(results);
     }
+    float y = sum(products);
     if (to >= 0) s.own_partial[0][0][to] = y;
     sync_workers();
     forget_thread();

@@ -24,19 +24,19 @@ constexpr int kSlowDim = 128, kFastDim = 64;    // D
 constexpr int kChunkStep = 16;                  // a split's positions are a multiple of it
 constexpr int kNear = 128;                      // of them that shared memory holds at a time
 constexpr int kNearWarps = kNear / kChunkStep;
-constexpr int kPoolBytes = 188544;                   // of shared memory: the ring, and what lies behind it
-constexpr int kWhole = (kWorkers - 1) * kChunkStep;  // past positions that a block takes of a whole head, a step a warp
-constexpr int kSliceDim = 16;                        // elements of such a block
-constexpr int kPartWords = 2 * (16 + 2);             // of 16 elements, with total, top and tags
-constexpr int kFastQkvRows = 32 * kFastDim;          // 16 query, 8 key and 8 value heads
-constexpr int kPlaces = 12;                          // fast positions at most
-constexpr int kOwnRows = 8;                          // of the residual stream
-constexpr int kMostRows = 48;                        // of a phase on normalised vectors
-constexpr int kSums = 2 * kWorkers + 4;              // from a row's to the next's: without bank conflicts
+constexpr int kPoolBytes = 188544;  // of shared memory: the ring, and what lies behind it
+// Past positions up to which a block takes all of a head's, a step a warp; and up to which one of kMostParts parts.
+constexpr int kMostParts = 4, kWhole = (kWorkers - 1) * kChunkStep, kParted = kMostParts * kWhole;
+constexpr int kPartWords = 2 * (16 + 2);     // of 16 elements, with total, top and tags
+constexpr int kFastQkvRows = 32 * kFastDim;  // 16 query, 8 key and 8 value heads
+constexpr int kPlaces = 12;                  // fast positions at most
+constexpr int kOwnRows = 8;                  // of the residual stream
+constexpr int kMostRows = 48;                // of a phase on normalised vectors
+constexpr int kSums = 2 * kWorkers + 4;      // from a row's to the next's: without bank conflicts
 constexpr int kOwnSums = kWorkers + 4;
 constexpr int kMostLogits = 1280;  // main logits of a block
 
-enum Kind { kQkv, kAttend, kCombine, kOutput, kSwiglu, kFastQkv, kFastOutput, kHead, kFastHead };
+enum Kind { kQkv, kAttend, kCombine, kSlowOutput, kOutput, kSwiglu, kFastQkv, kFastOutput, kHead, kFastHead };
 enum Source { kWords, kTokens, kCodes };
 
 struct Phase {
@@ -146,8 +146,7 @@ __device__ __forceinline__ void sync_samplers() { meet(kSampling, kSamplerThread
 __device__ __forceinline__ void leave_past(int warps) { arrive(kLeaving, warps * 32 + 32); }
 __device__ __forceinline__ void sync_past(int warps) { meet(kLeaving, warps * 32 + 32); }
 __device__ __forceinline__ void sync_attending(int warps) { meet(kAttending, warps * 32); }
-// Of a whole head: the warps of the past leave their parts to the last.
-__device__ __forceinline__ int past_warps(int position) { return ceil_div(position, kChunkStep); }
+// The warps of the past leave their sums to the last.
 __device__ __forceinline__ void leave_part(int past) { arrive(kAttending, past * 32 + 32); }
 
 __device__ __forceinline__ int64 nanoseconds() {
@@ -172,11 +171,6 @@ struct Shared {
         struct {
           float value[kMostLogits], gumbel[kMostLogits];
         } logits;  // of the main draw, before the fast stack begins
-        struct {
-          Vec16 values[kWorkers - 1][kWarp];  // of a layer, by warp and lane
-          T query[kWorkers - 1][kSlowDim];
-          float2 sums[kWorkers][kSliceDim / 2], known[kWorkers];  // of a warp's positions; total and top
-        } whole;                                                  // where the past is at most kWhole
       };
     };
   };

@@ -1,10 +1,14 @@
-// The persistent frame kernel's slow attention at short contexts, in one exchange: a block takes a whole head.
+// The persistent frame kernel's slow attention in one exchange, at short and middling contexts.
 //
-// Block 8h + i has elements 16i to 16i + 15 of query head h. Of the past, up to kWhole positions, every warp but the
-// last has sixteen: it takes their keys into registers before it waits for the query; those elements of their values
-// come to shared memory a layer ahead. It leaves its part of the softmax's sums to the last warp, which has the frame's
-// own position, and merges. So eight blocks compute the same scores; that is cheaper than a second exchange. A bfloat16
-// query's norm is applied to its scores, not before it is rounded.
+// The past's positions are one part up to kWhole of them, kMostParts parts up to kParted. Block 8h + i has of query
+// head h part i % kParts and of its 128 elements slice i / kParts, 16 * kParts wide. Of its part every warp but the
+// last has sixteen positions: it takes their keys into registers before it waits for the query; the slice of their
+// values comes to shared memory a layer ahead. It leaves its sums of the softmax to the last warp, which merges, and in
+// the last part has the frame's own position. So 8 / kParts blocks compute the same scores; that is cheaper than a
+// second exchange. A bfloat16 query's norm is applied to its scores, not before it is rounded. Passed on: of every part
+// its result, rounded to T, as an operand, [kParts, 16 * 128]; where there are more than one, behind these its level,
+// the binary logarithm of its softmax's total, as float32 (level_word()). The projection merges its products with the
+// parts (output_of_parts() in frame_attention.cuh).
 #pragma once
 
 #include "frame_projections.cuh"
@@ -23,43 +27,114 @@ struct FrameWholeAttention : FrameProjections<T> {
   using Base::warp;
 
   static constexpr int kQueryHeads = 16, kKeyHeads = 8;
-  static constexpr int kRowWords = kSlowDim * sizeof(T) / 4;  // of a slow query, key or value
+  static constexpr int kRowWords = kSlowDim * sizeof(T) / 4;   // of a slow query, key or value
+  static constexpr int kHeadsWords = kQueryHeads * kRowWords;  // of a part's results
+  template <int kParts>
+  static constexpr int kSliceDim = kSlowDim / 8 * kParts;
+  template <int kParts>
+  static constexpr uint32 kLanes = kSliceDim<kParts> / 4;  // that have four elements each of a slice
+
+  // Behind the ring; of `past` as much as there are warps that have a past.
+  template <int kParts>
+  struct Room {
+    float2 known[kWorkers];  // total and top of a warp's positions
+    float sums[kWorkers][kSliceDim<kParts>];
+    struct {
+      Vec16 values[kParts][kWarp];  // of a layer, 16 elements in a row, by lane
+      uint32 query[2][2][4][4];     // of 64 columns, even or odd words, by t: of 32 and of 32 columns two words each
+    } past[kWorkers - 1];
+  };
+  template <int kParts, int kRing, int kWarps>
+  static constexpr bool kRoomFits =
+      kRing * kSlotBytes + sizeof(Room<kParts>) - (kWorkers - 1 - kWarps) * sizeof(Room<kParts>::past[0]) <= kPoolBytes;
+  template <int kParts>
+  static __device__ __forceinline__ Room<kParts>& room(Shared<T>& s) {
+    return *reinterpret_cast<Room<kParts>*>(s.pool + (kParts == 1 ? kSlots : s.ring_slots) * kSlotBytes);
+  }
 
   static __device__ __forceinline__ int query_head() { return Base::block() / 8; }
   static __device__ __forceinline__ int key_head() { return Base::block() / 16; }
-  static __device__ __forceinline__ int slice() { return Base::block() % 8; }
+  template <int kParts>
+  static __device__ __forceinline__ uint32 part() {
+    return static_cast<uint32>(Base::block()) % kParts;
+  }
+  template <int kParts>
+  static __device__ __forceinline__ uint32 slice() {
+    return static_cast<uint32>(Base::block()) % 8 / kParts;
+  }
+
+  // Where behind the results a part's level is. A warp of the projection has heads h and h + 8, which lie side by side;
+  // those of others lie in other lines, since every warp of every block asks for its own.
+  static __device__ __forceinline__ int level_word(int head, int part) {
+    return kMostParts * kHeadsWords + head % 8 * 32 + head / 8 * kMostParts + part;
+  }
+
+  // The past's positions in this block's part, and the warps that have them.
+  struct Past {
+    int begin, count;
+    __device__ __forceinline__ int warps() const { return ceil_div(count, kChunkStep); }
+  };
+  template <int kParts>
+  static __device__ __forceinline__ Past past(int position) {
+    const uint32 before = part<kParts>() * position, begin = before / kParts, end = (before + position) / kParts;
+    return {static_cast<int>(begin), static_cast<int>(end - begin)};
+  }
 
   // A layer's keys (side 0) or values (side 1) of this block's key/value head, in its cache.
   static __device__ __forceinline__ T* rows(const PersistentFrameArgs& a, int layer, int side) {
     return reinterpret_cast<T*>(a.caches[2 * layer + side]) + static_cast<int64>(key_head()) * a.capacity * kSlowDim;
   }
 
-  // Of a layer's keys (side 0) or values (side 1), one of this warp's sixteen of the past. Rows that are not there are
-  // the last one.
-  static __device__ __forceinline__ const T* past_row(const PersistentFrameArgs& a, const Shared<T>& s, int layer,
+  // Of a layer's keys (side 0) or values (side 1), one of this warp's sixteen. Rows that are not there are the last
+  // one.
+  static __device__ __forceinline__ const T* past_row(const PersistentFrameArgs& a, const Past& past, int layer,
                                                       int side, int warp, int place) {
-    const int row = min(warp * kChunkStep + place, s.position - 1);
+    const int row = past.begin + min(warp * kChunkStep + place, past.count - 1);
     return rows(a, layer, side) + static_cast<int64>(row) * kSlowDim;
   }
 
-  // Starts to copy this warp's values of a layer's past, each lane a matrix's row (device/matrices.cuh). The order of
-  // their positions is that of the weights in attend_past().
-  static __device__ __forceinline__ void copy_values(const PersistentFrameArgs& a, Shared<T>& s, int layer, int warp,
-                                                     int lane) {
+  // Starts to copy this warp's values of a layer, each lane a matrix's row (device/matrices.cuh). The order of their
+  // positions is that of the weights in attend_past().
+  template <int kParts>
+  static __device__ __forceinline__ void copy_values(const PersistentFrameArgs& a, Shared<T>& s, const Past& past,
+                                                     int layer, int warp, int lane) {
     const int row = lane % 8, matrix = lane / 8;
-    if (layer >= a.slow_layers || warp >= past_warps(s.position)) return;
-    const T* from = past_row(a, s, layer, 1, warp, row / 2 * 2 + row % 2 * 8 + matrix % 2);
-    copy_async(&s.whole.values[warp][lane], from + slice() * kSliceDim + matrix / 2 * 8);
+    if (layer >= a.slow_layers || warp >= past.warps()) return;
+    const T* from = past_row(a, past, layer, 1, warp, row / 2 * 2 + row % 2 * 8 + matrix / 2) +
+                    slice<kParts>() * kSliceDim<kParts> + matrix % 2 * 8;
+    Vec16* to = &room<kParts>(s).past[warp].values[0][lane];
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) copy_async(to + i * kWarp, from + i * 16);
   }
 
-  __device__ __forceinline__ void attend_whole(const Phase& f) {
-    const int past = past_warps(s.position);
-    if (warp() < past) {
-      attend_past(f, past);
-      copy_values(a, s, f.layer + 1, warp(), lane());
+  // What has to be there before the first layer: each warp's values, and zeros where no warp will leave sums.
+  template <int kParts>
+  static __device__ __forceinline__ void begin_parts(const PersistentFrameArgs& a, Shared<T>& s, int warp, int lane) {
+    copy_values<kParts>(a, s, past<kParts>(s.position), 0, warp, lane);
+    if (warp != kWorkers - 1) return;
+    Room<kParts>& left = room<kParts>(s);
+    if (lane < kWorkers) left.known[lane] = {0.0f, -infinity()};
+    for (int i = lane; i < kWorkers * kSliceDim<kParts>; i += kWarp) (&left.sums[0][0])[i] = 0.0f;
+  }
+
+  template <int kParts>
+  __device__ __forceinline__ void attend_in_parts(const Phase& f) {
+    const Past past = FrameWholeAttention::past<kParts>(s.position);
+    if (warp() < past.warps()) {
+      attend_past<kParts>(f, past);
+      copy_values<kParts>(a, s, past, f.layer + 1, warp(), lane());
     } else if (warp() == kWorkers - 1) {
-      attend_own(f, past);
-      merge(f, past + 1);
+      constexpr int kPairs = kSliceDim<kParts> / 2;
+      const int word = query_head() * kRowWords + slice<kParts>() * kPairs + lane();
+      const int result_at = this->now(f.out + part<kParts>() * kHeadsWords + this->operand_order(word));
+      const int level = f.out + level_word(query_head(), part<kParts>());
+      const int level_at = this->now(kParts > 1 && word % kRowWords == 0 ? level : Base::kNowhere);
+      const bool own = part<kParts>() == kParts - 1;
+      Fresh fresh{};
+      if (own) fresh = attend_own<kParts>(f, past.warps());
+      sync_attending(past.warps() + 1);
+      merge<kParts>(result_at, level_at);
+      if (own) keep<kParts>(f, fresh);
     }
   }
 
@@ -86,34 +161,42 @@ struct FrameWholeAttention : FrameProjections<T> {
     // What y is still to be multiplied by. All lanes call it.
     __device__ __forceinline__ float scale(float square, float eps) const {
       const float mean = warp_sum(square) * (1.0f / kSlowDim);
-      return normed ? rsqrtf(mean + eps) : 1.0f;
+      return normed ? rsqrt_of(mean + eps) : 1.0f;
     }
   };
   static __device__ __forceinline__ uint2 load_pairs(const T* at) { return *reinterpret_cast<const uint2*>(at); }
   __device__ __forceinline__ uint2 angles() const {
     return load_pairs(static_cast<const T*>(a.cos_sin) + static_cast<int64>(s.position) * kSlowDim + lane() * 4);
   }
-  __device__ __forceinline__ const uint32* query_words(const Phase& f) const {
-    return a.words + f.in + query_head() * kRowWords + lane() * 2;
+  // The lane's four elements of a slow query, key or value.
+  __device__ __forceinline__ const uint32* row_words(const Phase& f, int row) const {
+    return a.words + (f.in + row * kRowWords + lane() * 2);
   }
 
   // Sixteen positions of the past.
-  __device__ __forceinline__ void attend_past(const Phase& f, int past) {
-    const int warp = this->warp(), lane = this->lane(), t = lane % 4, place = warp * kChunkStep + lane / 4;
+  template <int kParts>
+  __device__ __forceinline__ void attend_past(const Phase& f, const Past& past) {
+    const int warp = this->warp(), lane = this->lane(), g = lane / 4, t = lane % 4, place = warp * kChunkStep + g;
+    auto& mine = room<kParts>(s).past[warp];
+    uint32* query_at = &mine.query[lane / 16][0][lane / 2 % 4][lane / 8 % 2 * 2 + lane % 2];
     const Turn turn(a, f.layer, 0, lane);
     const uint2 angles = this->angles();
-    Vec16 key[2][4];  // rows g and g + 8 of the sixteen, columns 8t on of every 32, where lane is 4g + t
+    Vec16 key[2][4];  // positions g and g + 8 of the sixteen, columns 8t on of every 32
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const T* from = past_row(a, s, f.layer, 0, warp, i * 8 + lane / 4) + t * 8;
+      const T* from = past_row(a, past, f.layer, 0, warp, i * 8 + g) + t * 8;
 #pragma unroll
       for (int j = 0; j < 4; ++j) key[i][j] = load_weight(from + j * 32);
     }
     copies_done();
     __syncwarp();
-    const Vec16 value = load_transposed(shared_address(&s.whole.values[warp][lane]));
+    Vec16 value[kParts];
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) value[i] = load_transposed(shared_address(&mine.values[i][lane]));
+    float* const sums = room<kParts>(s).sums[warp] + t * 16 + g;
+    float2* const known = room<kParts>(s).known + warp;
     uint2 x[1];
-    waiting.take2s({query_words(f)}, x);
+    waiting.take2s({row_words(f, query_head())}, x);
     __syncwarp();
     float scale = rsqrtf(static_cast<float>(kSlowDim)) * kLog2e, square;
     float2 y[2];
@@ -123,50 +206,65 @@ struct FrameWholeAttention : FrameProjections<T> {
       y[0] = {y[0].x * by, y[0].y * by};
       y[1] = {y[1].x * by, y[1].y * by};
     }
-    T* query = s.whole.query[warp];
-    *reinterpret_cast<uint2*>(query + lane * 4) = {pack<T>(y[0].x, y[0].y), pack<T>(y[1].x, y[1].y)};
+    query_at[0] = pack<T>(y[0].x, y[0].y);
+    query_at[16] = pack<T>(y[1].x, y[1].y);
     __syncwarp();
-    // Scores: operand rows are positions, all operand columns the query.
-    float even[4] = {}, odd[4] = {};
+    // Scores, of 32 columns a product: operand rows g are the even words of position g's key, rows g + 8 the odd words;
+    // so are, by turns, the operand columns of the query.
+    float sum[2][4] = {};
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const Vec16 q = load_vec(query + j * 32 + t * 8), &k = key[0][j], &l = key[1][j];
-      Mma<T>::add(even, k.word[0], l.word[0], k.word[1], l.word[1], q.word[0], q.word[1]);
-      Mma<T>::add(odd, k.word[2], l.word[2], k.word[3], l.word[3], q.word[2], q.word[3]);
+    for (int j = 0; j < 2; ++j) {
+      const Vec16 q = load_vec(mine.query[j][g % 2][t]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Vec16& k = key[i % 2][2 * j + i / 2];
+        Mma<T>::add(sum[i % 2], k.word[0], k.word[1], k.word[2], k.word[3], q.word[i / 2 * 2], q.word[i / 2 * 2 + 1]);
+      }
     }
     if constexpr (!kScaleBeforeRounding<T>) scale *= turn.scale(square, a.eps);
-    const float score[2] = {place < s.position ? even[0] + odd[0] : -infinity(),
-                            place + 8 < s.position ? even[2] + odd[2] : -infinity()};
+    const float score[2] = {place < past.count ? sum[0][0] + sum[0][3] : -infinity(),
+                            place + 8 < past.count ? sum[1][0] + sum[1][3] : -infinity()};
     const float top = from_ordered(largest(ordered(fmaxf(score[0], score[1])))) * scale;
     const float p = exp2_of(fmaf(score[0], scale, -top)), q = exp2_of(fmaf(score[1], scale, -top));
     const uint32 high = pack<T>(p, q);
     const float2 taken = unpack<T>(high);
     const uint32 rest = pack<T>(p - taken.x, q - taken.y);
-    // Values: rows 0 to 7 are all the high part of the weights, rows 8 to 15 the low part, of positions 2t and 2t + 8,
-    // then of 2t + 1 and 2t + 9.
-    const auto of = [&](uint32 x, int i) { return __shfl_sync(kAllLanes, x, t * 8 + i * 4); };
-    const uint32 w[4] = {of(high, 0), of(rest, 0), of(high, 1), of(rest, 1)}, ones = pack<T>(1.0f, 1.0f);
-    float sum[2][4] = {}, total[4] = {};
+    // Values: operand rows are elements, operand columns by turns the high and the low part of the weights, of
+    // positions 2t and 2t + 8, then of 2t + 1 and 2t + 9.
+    const uint32 said = t % 2 == 0 ? high : rest, ones = pack<T>(1.0f, 1.0f);
+    const uint32 w[2] = {__shfl_sync(kAllLanes, said, t * 8 + g % 2), __shfl_sync(kAllLanes, said, t * 8 + 4 + g % 2)};
+    float total[4] = {}, left[2];  // elements g and g + 8 of 16
+    Mma<T>::add(total, ones, ones, ones, ones, w[0], w[1]);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) Mma<T>::add(sum[i], w[0], w[1], w[2], w[3], value.word[2 * i], value.word[2 * i + 1]);
-    Mma<T>::add(total, w[0], w[1], w[2], w[3], ones, ones);
-    const float2 left[3] = {{sum[0][0] + sum[0][2], sum[0][1] + sum[0][3]},
-                            {sum[1][0] + sum[1][2], sum[1][1] + sum[1][3]},
-                            {total[0] + total[2], top}};
-    if (lane < 8) s.whole.sums[warp][lane] = lane < 4 ? left[0] : left[1];
-    if (lane == 8) s.whole.known[warp] = left[2];
-    leave_part(past);
+    for (int i = 0; i < kParts; ++i) {
+      float sum[4] = {};
+      const Vec16& v = value[i];
+      Mma<T>::add(sum, v.word[0], v.word[1], v.word[2], v.word[3], w[0], w[1]);
+      if (i > 0 && t != i) continue;
+      left[0] = sum[0] + sum[1];
+      left[1] = sum[2] + sum[3];
+    }
+    if (t < kParts) {
+      sums[0] = left[0];
+      sums[8] = left[1];
+    }
+    if (lane == 0) *known = {total[0] + total[1], top};
+    leave_part(past.warps());
   }
 
-  // The frame's own position, whose key and value are on their way; and that they are kept.
-  __device__ __forceinline__ void attend_own(const Phase& f, int past) {
-    const int lane = this->lane(), part = lane % 4 * 4;  // of the slice of the value
+  // The frame's own position, whose key and value are on their way.
+  struct Fresh {
+    uint2 key, value;  // the lane's four elements, rounded
+  };
+  template <int kParts>
+  __device__ __forceinline__ Fresh attend_own(const Phase& f, int place) {
+    const int lane = this->lane(), key_row = kQueryHeads + key_head();
     const Turn q_turn(a, f.layer, 0, lane), k_turn(a, f.layer, 1, lane);
     const uint2 angles = this->angles();
-    const uint32 *keys = a.words + f.in + (kQueryHeads + key_head()) * kRowWords,
-                 *values = keys + kKeyHeads * kRowWords;
+    float* const sums = room<kParts>(s).sums[place] + lane % kLanes<kParts> * 4;
+    float2* const known = room<kParts>(s).known + place;
     uint2 x[3];
-    waiting.take2s({query_words(f), keys + lane * 2, values + (slice() * kSliceDim + part) / 2}, x);
+    waiting.take2s({row_words(f, query_head()), row_words(f, key_row), row_words(f, key_row + kKeyHeads)}, x);
     __syncwarp();
     float2 q[2], k[2];
     float q_square, k_square;
@@ -175,39 +273,43 @@ struct FrameWholeAttention : FrameProjections<T> {
     const float dot = fmaf(q[0].x, k[0].x, q[0].y * k[0].y) + fmaf(q[1].x, k[1].x, q[1].y * k[1].y);
     const float k_scale = k_turn.scale(k_square, a.eps), q_scale = q_turn.scale(q_square, a.eps);
     const float score = warp_sum(dot) * q_scale * k_scale * (rsqrtf(static_cast<float>(kSlowDim)) * kLog2e);
-    if (lane < 4) {
+    if (lane / kLanes<kParts> == slice<kParts>()) {
       const float2 low = unpack<T>(x[2].x), high = unpack<T>(x[2].y);
-      s.whole.sums[past][lane * 2] = low;
-      s.whole.sums[past][lane * 2 + 1] = high;
+      *reinterpret_cast<float4*>(sums) = {low.x, low.y, high.x, high.y};
     }
-    if (lane == 4) s.whole.known[past] = {1.0f, score};
-    const auto keep = [&](int side, int column, const uint2& what) {
-      *reinterpret_cast<uint2*>(rows(a, f.layer, side) + static_cast<int64>(s.position) * kSlowDim + column) = what;
-    };
-    if (query_head() % 2 == 0 && lane < 4) keep(1, slice() * kSliceDim + part, x[2]);
-    if (query_head() % 2 == 0 && slice() == 0)
-      keep(0, lane * 4, {pack<T>(k[0].x * k_scale, k[0].y * k_scale), pack<T>(k[1].x * k_scale, k[1].y * k_scale)});
-    sync_attending(past + 1);
+    if (lane == 0) *known = {1.0f, score};
+    return {{pack<T>(k[0].x * k_scale, k[0].y * k_scale), pack<T>(k[1].x * k_scale, k[1].y * k_scale)}, x[2]};
+  }
+  // One block of a key/value head keeps its key and value.
+  template <int kParts>
+  __device__ __forceinline__ void keep(const Phase& f, const Fresh& fresh) {
+    if (query_head() % 2 != 0 || slice<kParts>() != 0) return;
+    const int64 at = static_cast<int64>(s.position) * kSlowDim + lane() * 4;
+    *reinterpret_cast<uint2*>(rows(a, f.layer, 0) + at) = fresh.key;
+    *reinterpret_cast<uint2*>(rows(a, f.layer, 1) + at) = fresh.value;
   }
 
-  // A lane has two elements, and every fourth of `parts`.
-  __device__ __forceinline__ void merge(const Phase& f, int parts) {
-    const int lane = this->lane(), part = lane % kWorkers;
-    float2 known{0.0f, -infinity()}, y{0.0f, 0.0f};
-    if (part < parts) known = s.whole.known[part];
-    const float weight = exp2_of(known.y - from_ordered(largest(ordered(known.y))));
-    const float inverse = inverse_of(warp_sum<kWorkers>(weight * known.x));
+  // Merges what the warps have left: of those that leave nothing, begin_parts() left zeros. A lane has two elements, of
+  // every kAtOnce'th warp.
+  template <int kParts>
+  __device__ __forceinline__ void merge(int result_at, int level_at) {
+    constexpr int kPairs = kSliceDim<kParts> / 2, kAtOnce = kWarp / kPairs;
+    const int lane = this->lane();
+    const Room<kParts>& left = room<kParts>(s);
+    const float2 known = left.known[lane % kWorkers];
+    const float top = from_ordered(largest(ordered(known.y))), weight = exp2_of(known.y - top);
+    const float total = warp_sum<kWorkers>(weight * known.x), inverse = inverse_of(total);
+    if (level_at >= 0) put_float(a.words + level_at, top + log2_of(total));
+    float2 y{0.0f, 0.0f};
 #pragma unroll
-    for (int i = 0; i < kWorkers / 4; ++i) {
-      const int from = i * 4 + lane / 8;
+    for (int i = 0; i < kWorkers / kAtOnce; ++i) {
+      const int from = i * kAtOnce + lane / kPairs;
       const float by = __shfl_sync(kAllLanes, weight, from);
-      if (from >= parts) continue;
-      const float2 v = s.whole.sums[from][lane % 8];
+      const float2 v = *reinterpret_cast<const float2*>(left.sums[from] + lane % kPairs * 2);
       y = {fmaf(by, v.x, y.x), fmaf(by, v.y, y.y)};
     }
-    y = {warp_sum<4, 8>(y.x) * inverse, warp_sum<4, 8>(y.y) * inverse};
-    if (lane < 8)
-      put_word(a.words + f.out + this->operand_order(Base::block() * (kSliceDim / 2) + lane), pack<T>(y.x, y.y));
+    y = {warp_sum<kAtOnce, kPairs>(y.x) * inverse, warp_sum<kAtOnce, kPairs>(y.y) * inverse};
+    if (lane < kPairs) put_word(a.words + result_at, pack<T>(y.x, y.y));
   }
 };
 

@@ -21,9 +21,11 @@ from s1kernels.backends.cuda.support import HALVES
 from s1kernels.model.config import DualARConfig, StackConfig
 from s1kernels.model.weights import LayerWeights, Weights
 
-BLOCKS, WIDTH, SPLITS, PASSES = 128, 1024, 16, 96
+BLOCKS, WIDTH, SPLITS, PARTS, PASSES = 128, 1024, 16, 4, 96
 SHARED_BYTES = 231_424  # sizeof(Shared<T>), rounded up
 MOST_LOGITS = 1280  # of a block
+WHOLE, PARTED = 240, 960  # past positions up to which slow attention is one exchange: in one part, in PARTS
+LEVELS = 8 * 32  # words with the weights of these parts
 SLOTS = 20, 18, 12  # of the weight ring, the longer the past, the fewer
 UNIT_ROWS, HEAD_UNITS = 4, 4  # of a unit of the ring; units of a step of the head
 
@@ -40,7 +42,7 @@ PREPARE = Kernel("persistent_frame", "prepare_frame", block=256, pointers="words
 
 
 class Kind(IntEnum):
-    QKV, ATTEND, COMBINE, OUTPUT, SWIGLU, FAST_QKV, FAST_OUTPUT, HEAD, FAST_HEAD = range(9)
+    QKV, ATTEND, COMBINE, SLOW_OUTPUT, OUTPUT, SWIGLU, FAST_QKV, FAST_OUTPUT, HEAD, FAST_HEAD = range(10)
 
 
 class Source(IntEnum):
@@ -154,10 +156,11 @@ class Phases:
             kind, begins = Kind.QKV if slow else Kind.FAST_QKV, source if i == 0 else Source.WORDS
             self.list.append(self._matrix(kind, w.wqkv, w.attention_norm, given=x, out=qkv, source=begins, **common))
             if slow:
-                attended, out = self._room(stack.heads * stack.head_dim // 2), self._room(half)
+                results = PARTS * stack.heads * stack.head_dim // 2
+                attended, out = self._room(results + LEVELS), self._room(half)
                 self.list.append(Phase(Kind.ATTEND, given=qkv, out=attended, layer=i))
                 self.list.append(Phase(Kind.COMBINE, out=attended, layer=i))
-                self.list.append(self._matrix(Kind.OUTPUT, w.wo, None, given=attended, out=out, **common))
+                self.list.append(self._matrix(Kind.SLOW_OUTPUT, w.wo, None, given=attended, out=out, **common))
             else:
                 out = self._room(half)
                 past = self.fast_qkv[(i + 1) % len(layers)]
