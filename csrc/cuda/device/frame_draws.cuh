@@ -31,7 +31,7 @@ struct FrameDraws : FrameAttention<T> {
   // The slow stack's logits, of which this block has some, 16 at a time, and the draw of the main token by all blocks
   // together.
   __device__ __forceinline__ void head(const Phase& f) {
-    constexpr int kRows = 2 * kTileRows, kUnits = kRows / kUnitRows;
+    constexpr int kUnits = 2, kRows = kUnits * kTileRows;
     const int first = first_row(f), count = rows_here(f);
     prepare_rows(first, count);
     int place;

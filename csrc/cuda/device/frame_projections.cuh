@@ -5,7 +5,7 @@
 // its operand rows 0 to 7 are the even words of these and rows 8 to 15 the odd words, its eight operand columns are the
 // even and the odd words of x, of the high part (x rounded to T) and the low part (what that left), of up to two
 // vectors. Half of the results are of no use, in exchange for 16-byte loads that are operands. Eight lanes load from
-// two rows, which lie in neighbouring units and so in different banks. A warp polls for the words of its own columns,
+// two rows, which lie in neighbouring pieces and so in different banks. A warp polls for the words of its own columns,
 // lanes for those of their part of the operand, so that no warp waits for another before the sums. Vectors that are
 // multiplied are passed on in the operand's order: word 16s + 4t + 2m + h of 32 as word 16h + 4t + 2s + m.
 #pragma once
@@ -53,15 +53,16 @@ struct FrameProjections {
     }
   }
 
-  // The rows of a block lie in one piece. kSwiglu takes tiles of w1 and w3 by turns.
+  // The rows of a block lie side by side. kSwiglu takes tiles of w1 and w3 by turns.
   static __device__ __forceinline__ void copy_unit(Shared<T>& s, const Phase& f, int u, int slot) {
-    const int row_bytes = f.slices * kRowBytes, at = (f.second ? u / 4 * 2 + u % 2 : u) * kUnitBytes;
-    const int bytes = max(0, min(kUnitBytes, rows_here(f) * row_bytes - at));
-    const uint64 from =
-        (f.second && u / 2 % 2 ? f.second : f.weight) + static_cast<int64>(first_row(f)) * row_bytes + at;
+    const int row_bytes = f.slices * kRowBytes, at = (f.second ? u / 2 : u) * kUnitBytes;
+    const int bytes = max(0, min(kUnitBytes, rows_here(f) * row_bytes - at)), first = min(bytes, kPieceBytes);
+    const uint64 from = (f.second && u % 2 ? f.second : f.weight) + static_cast<int64>(first_row(f)) * row_bytes + at;
+    unsigned char* to = s.ring + slot * kSlotBytes;
     barrier_expect(s.full + slot, bytes);
-    if (bytes > 0)
-      bulk_copy_once(s.ring + slot * kSlotBytes, reinterpret_cast<const void*>(from), bytes, s.full + slot);
+    if (bytes > 0) bulk_copy_once(to, reinterpret_cast<const void*>(from), first, s.full + slot);
+    if (bytes > first)
+      bulk_copy_once(to + kPiecePitch, reinterpret_cast<const void*>(from + first), bytes - first, s.full + slot);
   }
 
   // The phases for the ring that is in use.
@@ -150,7 +151,7 @@ struct FrameProjections {
   static __device__ __forceinline__ float product(const float (&sum)[4]) { return sum[0] + sum[3]; }
 
   // The row of a tile, kSlices * 1024 columns wide, that this lane has. In lanes 8j to 8j + 3 and the next four it is
-  // in units that are an odd number apart, whichever slice it is.
+  // in pieces that are an odd number apart, whichever slice it is.
   template <int kSlices>
   __device__ __forceinline__ int held_row() const {
     const int g = lane() / 4;
@@ -212,11 +213,11 @@ struct FrameProjections {
   // 1/rms, from the sum of squares.
   __device__ __forceinline__ float scale_of(float square) const { return rsqrt_of(square * (1.0f / kWidth) + a.eps); }
 
-  // Loads tiles of 1024 columns, two units each, which the ring's end does not part.
+  // Loads tiles of 1024 columns.
   template <int kTiles>
   __device__ __forceinline__ void load_tiles(Held<kTiles>& held, const RingCursor& unit) const {
-    const int row = lane() / 4 % 2 * kSlotBytes + lane() / 8 * kRowBytes;
-    held.load(*this, unit, row, [&](int i) { return Spot{2 * i, 2 * i * kSlotBytes}; });
+    const int row = lane() / 4 % 2 * kPiecePitch + lane() / 8 * kRowBytes;
+    held.load(*this, unit, row, [&](int i) { return Spot{i, i * kSlotBytes}; });
   }
 
   // Where in s.partial this lane leaves the sums of the first tile; nowhere if its vector is not there.
@@ -244,7 +245,7 @@ struct FrameProjections {
   __device__ __forceinline__ void project_normed(const Phase& f, int vectors, bool begins = false) {
     Held<kTiles> held;
     const Vec16 weights = norm_weights(f);
-    const Units own = units({f.slot, f.parity, s.ring_slots}, 2 * kTiles);
+    const Units own = units({f.slot, f.parity, s.ring_slots}, kTiles);
     await(own);
     load_tiles(held, own.first);
     release(own);
@@ -271,13 +272,13 @@ struct FrameProjections {
   __device__ __forceinline__ void project_residual(const Phase& f, Ask ask, Take take, Sum sum = {}) {
     Held<kSlices> held;
     Vec16 x[kSlices];
-    const Units own = units({f.slot, f.parity, s.ring_slots}, 2 * kSlices);
+    const Units own = units({f.slot, f.parity, s.ring_slots}, kSlices);
     const int first = held_row<kSlices>() * kSlices;  // of this lane's slices
     const int vectors = now(f.vectors);
     await(own);
     held.load(*this, own.first, first * kRowBytes, [&](int i) {
-      const int unit = (first + i) / kUnitRows;
-      return Spot{unit, i * kRowBytes + unit * (kSlotBytes - kUnitBytes)};
+      const int piece = (first + i) / kPieceRows;
+      return Spot{piece / 2, i * kRowBytes + piece * (kPiecePitch - kPieceBytes)};
     });
     release(own);
     ask(x, vectors);

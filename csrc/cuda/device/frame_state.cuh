@@ -12,12 +12,12 @@ namespace s1 {
 constexpr int kBlocks = 128;
 constexpr int kWorkers = 16;  // warps that compute
 // Units in the ring; at long contexts the past's keys and values need the room.
-constexpr int kSlots = 20, kSlotsFar = 18, kSlotsFarther = 12;
+constexpr int kSlots = 10, kSlotsFar = 9, kSlotsFarther = 6;
 // Of these, that are copied at a time: as few as keep memory busy, since copies stand in the words' way. A short ring
 // must catch up after every phase; the head passes on nothing.
-constexpr int kUnderWay = 4, kUnderWayFarther = 6, kUnderWayHead = 12;
+constexpr int kUnderWay = 2, kUnderWayFarther = 3, kUnderWayHead = 6;
 constexpr int kSayers = S1_RACECHECK ? 32 : 1;  // lanes of a warp that wait for a unit, and that give it back
-constexpr int kCopyLanes = 4;                   // that copy units
+constexpr int kCopyLanes = 2;                   // that copy units
 constexpr int kWidth = 1024;                    // C of both stacks
 constexpr int kSplits = kBlocks / 8;            // parts of a slow head's positions
 constexpr int kSlowDim = 128, kFastDim = 64;    // D

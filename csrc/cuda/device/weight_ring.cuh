@@ -1,9 +1,9 @@
 // A stream of weights through shared memory: one warp copies units in the order in which the others will want them,
 // across the borders of phases, and never waits for activations.
 //
-// A unit is 8 KB in one piece: four rows of 1024 16-bit weights. Slots lie 64 bytes further apart, so that 64 bytes of
-// a row and of another in the next unit lie in different banks. sm_90 and later: bulk copies that complete on an
-// mbarrier.
+// A unit is 16 KB in two pieces of four rows of 1024 16-bit weights. Pieces lie 64 bytes further apart than that, so
+// that 64 bytes of a row and of another in the next piece lie in different banks. sm_90 and later: bulk copies that
+// complete on an mbarrier.
 #pragma once
 
 #include "vec.cuh"
@@ -11,9 +11,9 @@
 namespace s1 {
 
 constexpr int kRowBytes = 1024 * 2;
-constexpr int kUnitRows = 4;
-constexpr int kUnitBytes = kUnitRows * kRowBytes;
-constexpr int kSlotBytes = kUnitBytes + 64;
+constexpr int kPieceRows = 4;
+constexpr int kPieceBytes = kPieceRows * kRowBytes, kPiecePitch = kPieceBytes + 64;
+constexpr int kUnitBytes = 2 * kPieceBytes, kSlotBytes = 2 * kPiecePitch;
 
 __device__ __forceinline__ uint32 shared_address(const void* p) {
   return static_cast<uint32>(__cvta_generic_to_shared(p));
