@@ -46,11 +46,11 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def rounding(monkeypatch):
+def changed_interpreter(monkeypatch):
     if support.INTERPRETED and triton.available() is None:
         import interpreter
 
-        monkeypatch.setattr("triton.runtime.interpreter._convert_float", interpreter.convert_float)
+        interpreter.change(monkeypatch)
 
 
 @usable
