@@ -18,11 +18,20 @@ from s1kernels.build_info import build_info
 torch.set_num_threads(1)  # small models; test_ops.py sets what it needs
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: there are as many workers as cores
 
+LONGEST = ["cuda_compile", "triton", "build", "cuda_emulated", "patch_upstream", "bench", "cli"]
+"""Files of tests that take longest, for which xdist's workers then do not wait at the end."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     reason = registry.BACKENDS["cpu"]()
     if build_info().native and reason:
         raise pytest.UsageError(f"s1kernels was built with native code, which does not load: {reason}")
+    config.option.loadscopereorder = False  # xdist would begin with the files of the most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 def pytest_report_header() -> str:

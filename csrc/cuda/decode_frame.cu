@@ -52,11 +52,17 @@ struct FastAttention {
   T* v_row;
   Vec16 k[kSteps], v[kSteps], q_norm, k_norm;
 
-  __device__ __forceinline__ FastAttention(const AttentionOutputArgs& a, int g) : a(a), g(g) {
-    k_row = static_cast<T*>(a.k_cache) + static_cast<int64>(g) * a.capacity * kDim + Head::column();
-    v_row = static_cast<T*>(a.v_cache) + static_cast<int64>(g) * a.capacity * kDim + Head::column();
+  __device__ __forceinline__ FastAttention(const AttentionOutputArgs& a, int g) : a(a) {
+    place(g);
     q_norm = a.q_norm_weight ? load_weight(static_cast<const T*>(a.q_norm_weight) + Head::column()) : Vec16{};
     k_norm = a.k_norm_weight ? load_weight(static_cast<const T*>(a.k_norm_weight) + Head::column()) : Vec16{};
+  }
+
+  // Turns to another key/value head.
+  __device__ __forceinline__ void place(int head) {
+    g = head;
+    k_row = static_cast<T*>(a.k_cache) + static_cast<int64>(g) * a.capacity * kDim + Head::column();
+    v_row = static_cast<T*>(a.v_cache) + static_cast<int64>(g) * a.capacity * kDim + Head::column();
   }
 
   static __device__ __forceinline__ int position(int step) { return step * Head::kSlots + Head::slot(); }
@@ -150,11 +156,12 @@ __device__ __forceinline__ void attention_output(const AttentionOutputArgs& a) {
   FastAttention<T, kDim, kGroup> attention(a, warp_id() < a.kv_heads ? warp_id() : 0);
   attention.load_cached();
   wait_for_inputs();
-  if (warp_id() < a.kv_heads) attention.run(x);
-  for (int g = warp_id() + kAttentionOutputWarps; g < a.kv_heads; g += kAttentionOutputWarps) {
-    FastAttention<T, kDim, kGroup> another(a, g);
-    another.load_cached();
-    another.run(x);
+  for (int g = warp_id(); g < a.kv_heads; g += kAttentionOutputWarps) {
+    if (g != attention.g) {
+      attention.place(g);
+      attention.load_cached();
+    }
+    attention.run(x);
   }
   __syncthreads();
   tiles.multiply_all(x);
