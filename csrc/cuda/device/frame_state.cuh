@@ -16,17 +16,18 @@ constexpr int kSlots = 10, kSlotsFar = 9, kSlotsFarther = 6;
 // Of these, that are copied at a time: as few as keep memory busy, since copies stand in the words' way. A short ring
 // must catch up after every phase; the head passes on nothing.
 constexpr int kUnderWay = 2, kUnderWayFarther = 3, kUnderWayHead = 6;
-constexpr int kSayers = S1_RACECHECK ? 32 : 1;  // lanes of a warp that wait for a unit, and that give it back
-constexpr int kCopyLanes = 2;                   // that copy units
-constexpr int kWidth = 1024;                    // C of both stacks
-constexpr int kSplits = kBlocks / 8;            // parts of a slow head's positions
-constexpr int kSlowDim = 128, kFastDim = 64;    // D
-constexpr int kChunkStep = 16;                  // a split's positions are a multiple of it
-constexpr int kNear = 128;                      // of them that shared memory holds at a time
+constexpr int kSayers = S1_RACECHECK ? 32 : 1;    // lanes of a warp that wait for a unit, and that give it back
+constexpr int kCopyLanes = S1_RACECHECK ? 1 : 2;  // that copy units
+constexpr int kWidth = 1024;                      // C of both stacks
+constexpr int kSplits = kBlocks / 8;              // parts of a slow head's positions
+constexpr int kSlowDim = 128, kFastDim = 64;      // D
+constexpr int kChunkStep = 16;                    // a split's positions are a multiple of it
+constexpr int kNear = 128;                        // of them that shared memory holds at a time
 constexpr int kNearWarps = kNear / kChunkStep;
 constexpr int kPoolBytes = 188544;  // of shared memory: the ring, and what lies behind it
-// Past positions up to which a block takes all of a head's, a step a warp; and up to which one of kMostParts parts.
-constexpr int kMostParts = 4, kWhole = (kWorkers - 1) * kChunkStep, kParted = kMostParts * kWhole;
+// Past positions up to which a block takes all of a head's, a step a warp; and up to which one of kMostParts parts,
+// by fewer warps, since parts of more cost more than a second exchange.
+constexpr int kMostParts = 4, kWhole = (kWorkers - 1) * kChunkStep, kParted = kMostParts * 12 * kChunkStep;
 constexpr int kPartWords = 2 * (16 + 2);     // of 16 elements, with total, top and tags
 constexpr int kFastQkvRows = 32 * kFastDim;  // 16 query, 8 key and 8 value heads
 constexpr int kPlaces = 12;                  // fast positions at most

@@ -2,8 +2,8 @@
 //
 // Device code includes nothing from outside csrc/cuda, so that nvcc and NVRTC compile the same file on every system.
 // S1_DTYPES is a mask of the dtypes to compile: 1 float32, 2 bfloat16, 4 float16; NVRTC asks for the one in use.
-// S1_RACECHECK is for compute-sanitizer: waits are patient, no lane relies on a __syncwarp for what another saw, and a
-// warp arrives at a barrier in one piece.
+// S1_RACECHECK is for compute-sanitizer: waits are patient, no lane relies on a __syncwarp for what another saw, lanes
+// of a warp do not wait for different barriers at once, and a warp arrives at a barrier in one piece.
 #pragma once
 
 #ifndef S1_DTYPES
