@@ -77,11 +77,13 @@ def frames(result: dict[str, Any]) -> str:
         title = NAMES.get(key, key[0] if key[1] == "all" else f"{key[0]}, `constrained=True`")
         reasons = dict.fromkeys(row["refused"] for row in of.values() if "refused" in row)
         notes += [f"{title}: {reason}." for reason in reasons]
-        if "refused" in of[first]:
+        if all("refused" in row for row in of.values()):
             continue
         cells = ["–" if "refused" in of[n] else frame_time(of[n]) for n in contexts]
-        speed, reads = of[first]["times_real_time"], of[first]["percent_of_read_bandwidth"]
-        lines.append([title, *cells, number(speed), f"{reads:.2g} %"])
+        rates = ["–", "–"]
+        if "refused" not in of[first]:
+            rates = [number(of[first]["times_real_time"]), f"{of[first]['percent_of_read_bandwidth']:.2g} %"]
+        lines.append([title, *cells, *rates])
     eager, compiled, ours = (found[name, "all"][first] for name in (EAGER, COMPILED, "s1kernels persistent"))
     rounds = " to ".join(number(1e3 * eager[end]) for end in ("fastest", "slowest"))
     gains = [f"**{faster(eager, ours)}** than upstream eager (whose rounds took {rounds} ms)"]
