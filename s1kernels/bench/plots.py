@@ -28,7 +28,7 @@ FONTS = ["DejaVu Sans", "Verdana", "sans-serif"]
 
 def of_stages(results: list[Result], width: float) -> Figure | None:
     """Time per frame as stacked stages, beside the whole frame and the floor; each machine has axes of its own."""
-    machines = [(provenance.machine(result["provenance"]), bars) for result in results if (bars := _stage_bars(result))]
+    machines = [(provenance.where(result, results), bars) for result in results if (bars := _stage_bars(result))]
     if not machines:
         return None
     every = ("embed", *STAGES)
@@ -111,7 +111,7 @@ def of_contexts(results: list[Result], width: float) -> Figure | None:
     for result in results:
         for row in result.get("frames", []):
             if "refused" not in row:
-                where = f", {provenance.machine(result['provenance'])}" if len(results) > 1 else ""
+                where = f", {provenance.where(result, results)}" if len(results) > 1 else ""
                 lines.setdefault(row["system"] + where, []).append(row)
     if not lines:
         return None
@@ -141,7 +141,7 @@ def of_contexts(results: list[Result], width: float) -> Figure | None:
 def of_ops(results: list[Result], width: float) -> Figure | None:
     """Percent of the read bandwidth by op, of each contender."""
     found = [
-        (f"{row['op']} {row['case']}" + (f", {provenance.machine(r['provenance'])}" if len(results) > 1 else ""), row)
+        (f"{row['op']} {row['case']}" + (f", {provenance.where(r, results)}" if len(results) > 1 else ""), row)
         for r in results for row in r.get("ops", []) if "refused" not in row
     ]  # fmt: skip
     if not found:
@@ -183,7 +183,7 @@ def systems(results: list[Result]) -> dict[str, list[tuple[str, Row]]]:
         at = next((context for context in contexts if context), 0)
         for row in result.get("frames", []):
             if row["context"] == at:
-                found.setdefault(row["system"], []).append((provenance.machine(result["provenance"]), row))
+                found.setdefault(row["system"], []).append((provenance.where(result, results), row))
     return found
 
 
@@ -257,16 +257,18 @@ def _patch(name: str, colour: str, hatch: str = "") -> Any:
 
 
 def _legend(figure: Figure, handles: list[Any], width: float) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=_columns(width), frameon=False, fontsize=8)
+    columns = _columns([handle.get_label() for handle in handles], width)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
-def _columns(width: float) -> int:
-    return 5 if width > NARROW else 2
+def _columns(names: list[str], width: float) -> int:
+    """Of a legend: as many as there is room for, in inches of its letters."""
+    return max(1, min(5, int(width / (0.5 + 0.065 * max(map(len, names))))))
 
 
 def _lines(names: list[str], width: float) -> int:
     """Of a legend."""
-    return -(-len(names) // _columns(width))
+    return -(-len(names) // _columns(names, width))
 
 
 def _short(value: float) -> str:

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,13 @@ def machine(origin: dict[str, Any]) -> str:
     facts = origin["platform"]
     name = origin["gpu"].get("name") or f"{facts['processor'] or facts['machine']}, {origin['threads']} threads"
     return f"{name}, {facts.get('kind', 'WSL2' if facts['wsl'] else facts['system'].partition('-')[0])}"
+
+
+def where(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
+    """The machine of one of several results, with the commit if they have several of that machine."""
+    name = machine(result["provenance"])
+    commits = {other["provenance"]["commit"] for other in results if machine(other["provenance"]) == name}
+    return name if len(commits) == 1 else f"{name}, commit {result['provenance']['commit'][:7]}"
 
 
 def _program() -> str:

@@ -158,7 +158,7 @@ def _stages(results: list[Result]) -> str:
             rows.append([
                 *start, str(r["calls"]), f"{r['microseconds']:.1f}", f"{r['bytes'] / 1e6:.2f}",
                 f"{r['gigabytes_per_second']:.4g}", f"{r['percent_of_read_bandwidth']:.3g} %",
-                provenance.machine(result["provenance"]),
+                provenance.where(result, results),
             ])  # fmt: skip
     if not rows:
         return ""
@@ -180,7 +180,7 @@ def _contexts(results: list[Result]) -> str:
             by_system.setdefault(row["system"], {})[row["context"]] = row
         for name, of in by_system.items():
             if any("refused" not in row for row in of.values()):
-                machine = provenance.machine(result["provenance"])
+                machine = provenance.where(result, results)
                 table.append([name, *(_time_or_reason(of.get(context)) for context in contexts), machine])
     if not table:
         return ""
@@ -205,7 +205,7 @@ def _ops(results: list[Result]) -> str:
             rows.append([
                 *start, f"{r['seconds'] * 1e6:.2f}", f"{r['gigabytes_per_second']:.4g}",
                 f"{r['percent_of_read_bandwidth']:.3g} %", f"{r['error']:.0e}",
-                provenance.machine(result["provenance"]),
+                provenance.where(result, results),
             ])  # fmt: skip
     if not rows:
         return ""
@@ -254,7 +254,7 @@ def _rows(
     by_name: dict[tuple[str, ...], list[tuple[str, Row]]] = {}
     for result in results:
         for row in result.get(part, []):
-            by_name.setdefault(tuple(name(row)), []).append((provenance.machine(result["provenance"]), row))
+            by_name.setdefault(tuple(name(row)), []).append((provenance.where(result, results), row))
     table: list[list[Any]] = []
     for title, rows in by_name.items():
         measured = [(machine, row) for machine, row in rows if "refused" not in row]
