@@ -156,6 +156,17 @@ def test_a_report_merges_machines(tmp_path):
     assert {path.name for path in tmp_path.glob("*.png")} == {"systems.png", "context.png", "ops.png"}
 
 
+@needs_matplotlib
+def test_results_of_a_machine_are_told_apart_by_their_commits(tmp_path):
+    before, after = copy.deepcopy(result()), copy.deepcopy(result())
+    before["provenance"]["commit"], after["provenance"]["commit"] = "a" * 40, "b" * 40
+    machine = provenance.machine(before["provenance"])
+    assert provenance.where(before, [before, before]) == machine
+    assert provenance.where(before, [before, after]) == f"{machine}, commit aaaaaaa"
+    page = report.write([before, after], tmp_path).read_text(encoding="utf-8")
+    assert "commit aaaaaaa" in page and "commit bbbbbbb" in page
+
+
 def test_parts_that_were_measured_one_by_one_become_one_result():
     first, second = result(), result()
     del first["ops"], second["frames"]
