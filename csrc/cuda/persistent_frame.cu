@@ -131,7 +131,7 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
     if (lane_id() < kCopyLanes) PersistentFrame<T>::stream(a, s);
     return;
   }
-  PersistentFrame<T> frame{{{{{a, s, {a.abandoned, false}, static_cast<int>(threadIdx.x)}}}}};
+  PersistentFrame<T> frame{{{{{{a, s, {a.abandoned, false}, static_cast<int>(threadIdx.x)}}}}}};
   frame.run();
 #endif
 }

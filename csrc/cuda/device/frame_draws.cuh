@@ -2,7 +2,7 @@
 // alike.
 #pragma once
 
-#include "frame_attention.cuh"
+#include "frame_fast_attention.cuh"
 
 namespace s1 {
 
@@ -13,8 +13,8 @@ struct SamplingWarps {
 using WorkerMerger = MergerOf<SamplingWarps>;
 
 template <class T>
-struct FrameDraws : FrameAttention<T> {
-  using Base = FrameAttention<T>;
+struct FrameDraws : FrameFastAttention<T> {
+  using Base = FrameFastAttention<T>;
   using Base::a;
   using Base::lane;
   using Base::s;

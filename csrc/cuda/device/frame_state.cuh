@@ -162,7 +162,7 @@ __device__ __forceinline__ int rows_here(const Phase& f) { return max(0, min(f.s
 
 template <class T>
 struct Shared {
-  // The ring; behind what is in use of it slow attention keeps its past (frame_attention.cuh).
+  // The ring; behind what is in use of it slow attention keeps its past (frame_slow_attention.cuh).
   union {
     unsigned char pool[kPoolBytes];
     struct {

@@ -8,7 +8,7 @@
 // second exchange. A bfloat16 query's norm is applied to its scores, not before it is rounded. Passed on: of every part
 // its result, rounded to T, as an operand, [kParts, 16 * 128]; where there are more than one, behind these its level,
 // the binary logarithm of its softmax's total, as float32 (level_word()). The projection merges its products with the
-// parts (output_of_parts() in frame_attention.cuh).
+// parts (output_of_parts() in frame_slow_attention.cuh).
 #pragma once
 
 #include "frame_projections.cuh"
