@@ -27,8 +27,6 @@ CORES = os.cpu_count() or 1
 
 SPILLS = {
     ("persistent_frame_bfloat16", 100): "no such GPU was at hand to see where it matters",
-    ("persistent_frame_bfloat16", 120): "never launched there: a block has too little shared memory",
-    ("persistent_frame_float16", 120): "never launched there",
 }
 """Kernel and architecture -> why its spilled registers are left."""
 

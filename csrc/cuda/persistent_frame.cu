@@ -11,8 +11,9 @@
 // Memory: every weight once a frame, the fast stack's N-1 times; bound by it.
 // Numerics: as the ops': results are rounded to T where the ops' are, slow attention's part by part; a normalised x
 //   keeps 16 bits or more (device/gemv.cuh). The same bits in every call: all sums have a fixed order.
-// Requires: sm_90 or later, kBlocks SMs, 16-bit T, both stacks 1024 wide, all of a block's shares whole; slow D 128 and
-//   H/G 2 with G*16 = kBlocks, fast D 64 and H/G 2 without norms, no biases, no projection, no repetition-aware draws.
+// Requires: sm_90 to sm_11x (an sm_12x has too little shared memory), kBlocks SMs, 16-bit T, both stacks 1024 wide, all
+//   of a block's shares whole; slow D 128 and H/G 2 with G*16 = kBlocks, fast D 64 and H/G 2 without norms, no biases,
+//   no projection, no repetition-aware draws.
 #include "device/frame_draws.cuh"
 
 namespace s1 {
@@ -105,7 +106,7 @@ __device__ void prepare_frame(const PrepareFrameArgs& a) {
 
 template <class T>
 __device__ void persistent_frame(const PersistentFrameArgs& a) {
-#if S1_ARCH == 0 || S1_ARCH >= 900
+#if S1_ARCH == 0 || (S1_ARCH >= 900 && S1_ARCH < 1200)
   extern __shared__ __align__(128) unsigned char shared[];
   static_assert(sizeof(Shared<T>) <= 231424, "what the host asks for");
   static_assert(sizeof(Phase) == 88, "as the host writes it");
