@@ -92,7 +92,7 @@ def refusal(config: DualARConfig, weights: Weights, head: Tensor, fast_rows: int
     facts: Any = torch.cuda.get_device_properties(device)
     shape = (slow.dim, slow.heads, slow.kv_heads, slow.head_dim, fast.dim, fast.heads, fast.kv_heads, fast.head_dim)
     reasons = {
-        f"the GPU has compute capability {capability(device)}; it needs 9.0 to 11.x": not 9 <= capability(device)[0] < 12,
+        f"the GPU has compute capability {capability(device)}; it needs 9 to 11": not 9 <= capability(device)[0] < 12,
         f"the GPU has {multiprocessors(device)} SMs; it needs {BLOCKS}": multiprocessors(device) < BLOCKS,
         "driver and GPU have no cooperative launches": not driver.attribute(
             index_of(device), driver.Attribute.COOPERATIVE_LAUNCH
