@@ -349,8 +349,8 @@ class Bench:
         ]
         times = self.result["patch_to_first_frame"] = {}
         with tempfile.TemporaryDirectory() as empty:
-            cold = {"S1KERNELS_CUDA_PROVIDER": "nvrtc", "S1KERNELS_CACHE_DIR": empty}
-            cold["CUDA_CACHE_PATH"] = str(Path(empty, "nvrtc"))  # NVRTC keeps what it compiled, too
+            own = str(Path(empty, "nvrtc"))  # of NVRTC, which keeps what it compiled, too
+            cold = {"S1KERNELS_CUDA_PROVIDER": "nvrtc", "S1KERNELS_CACHE_DIR": empty, "CUDA_CACHE_PATH": own}
             ways = {"compiled": {"S1KERNELS_CUDA_PROVIDER": "compiled"}, "nvrtc, cold": cold, "nvrtc, warm": cold}
             if triton.available() is None:
                 of_triton = {"S1KERNELS_BACKEND": "triton", "TRITON_CACHE_DIR": str(Path(empty, "triton"))}

@@ -24,7 +24,6 @@ from s1kernels.model.weights import LayerWeights, Weights
 BLOCKS, WIDTH, SPLITS, PARTS, PASSES = 128, 1024, 16, 4, 96
 SHARED_BYTES = 231_424  # sizeof(Shared<T>), rounded up
 MOST_LOGITS = 1280  # of a block
-WHOLE, PARTED = 240, 768  # past positions up to which slow attention is one exchange: in one part, in PARTS
 LEVELS = 8 * 32  # words with the weights of these parts
 SLOTS = 10, 9, 6  # of the weight ring, the longer the past, the fewer
 UNIT_ROWS, HEAD_UNITS = 8, 2  # of a unit of the ring; units of a step of the head
