@@ -68,8 +68,6 @@ class Frame:
                     qkv = self._words(phase.out, true.shape)
                     yield name, qkv, true
                 case Kind.ATTEND:
-                    continue
-                case Kind.COMBINE:
                     given = self._attended(phase.out, stack)
                     matrix = layer.wo
                     yield name, given, self._slow_attention(phase, qkv)

@@ -56,9 +56,6 @@ struct PersistentFrame : FrameDraws<T> {
         case kAttend:
           this->attend(f);
           break;
-        case kCombine:
-          this->combine(f);
-          break;
         case kSlowOutput:
         case kOutput:
           this->output(f);

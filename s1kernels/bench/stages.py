@@ -187,9 +187,8 @@ def _phase_stages(phases: list[Any]) -> list[str]:
     from s1kernels.backends.cuda.persistent_frame import Kind
 
     of = {
-        Kind.QKV: "slow qkv", Kind.ATTEND: "slow attention", Kind.COMBINE: "slow attention",
-        Kind.SLOW_OUTPUT: "slow wo", Kind.HEAD: "head", Kind.FAST_QKV: "fast qkv", Kind.FAST_OUTPUT: "fast wo",
-        Kind.FAST_HEAD: "fast head",
+        Kind.QKV: "slow qkv", Kind.ATTEND: "slow attention", Kind.SLOW_OUTPUT: "slow wo", Kind.HEAD: "head",
+        Kind.FAST_QKV: "fast qkv", Kind.FAST_OUTPUT: "fast wo", Kind.FAST_HEAD: "fast head",
     }  # fmt: skip
     stages, fast = [], False
     for phase in phases:

@@ -99,15 +99,22 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
                 &s.past_full);
   }
 
-  // Slow attention, first half: this block has a sixteenth of the positions of one key/value head. The first round of
-  // them has been copied to shared memory since the layer before; warp kNearWarps copies the next. Every other warp
-  // takes the two query heads for itself.
+  // Slow attention.
   __device__ __forceinline__ void attend(const Phase& f) {
+    if (s.position <= kWhole) return this->template attend_in_parts<1>(f);
+    if (s.position <= kParted) return this->template attend_in_parts<kMostParts>(f);
+    attend_share(f);
+    this->forget_thread();
+    combine(f);
+  }
+
+  // First half: this block has a sixteenth of the positions of one key/value head. The first round of them has been
+  // copied to shared memory since the layer before; warp kNearWarps copies the next. Every other warp takes the two
+  // query heads for itself.
+  __device__ __forceinline__ void attend_share(const Phase& f) {
     constexpr int kHeads = 2 * (kBlocks / kSplits);
     const float scale = rsqrtf(static_cast<float>(kSlowDim)) * kLog2e;
     const int warp = this->warp(), lane = this->lane(), here = s.position;
-    if (here <= kWhole) return this->template attend_in_parts<1>(f);
-    if (here <= kParted) return this->template attend_in_parts<kMostParts>(f);
     const Share mine(here);
     if (mine.rounds == 0 || (warp >= mine.warps && warp != kNearWarps)) return;
     if (warp == kNearWarps) {
@@ -270,7 +277,7 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
   // Second half: this block merges the parts of sixteen elements of one query head: four a lane of half a warp, whose
   // lanes have a part each. No other block reads these words.
   __device__ __forceinline__ void combine(const Phase& f) {
-    if (warp() >= 2 || s.position <= kParted) return;
+    if (warp() >= 2) return;
     const Share mine(s.position);
     const int first = warp() * 8 + lane() / kSplits * 4, part = lane() % kSplits;
     float2 x[3] = {{0.0f, -infinity()}, {0.0f, 0.0f}, {0.0f, 0.0f}};

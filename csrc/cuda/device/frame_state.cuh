@@ -37,7 +37,7 @@ constexpr int kSums = 2 * kWorkers + 4;      // from a row's to the next's: with
 constexpr int kOwnSums = kWorkers + 4;
 constexpr int kMostLogits = 1280;  // main logits of a block
 
-enum Kind { kQkv, kAttend, kCombine, kSlowOutput, kOutput, kSwiglu, kFastQkv, kFastOutput, kHead, kFastHead };
+enum Kind { kQkv, kAttend, kSlowOutput, kOutput, kSwiglu, kFastQkv, kFastOutput, kHead, kFastHead };
 enum Source { kWords, kTokens, kCodes };
 
 struct Phase {

@@ -41,7 +41,7 @@ PREPARE = Kernel("persistent_frame", "prepare_frame", block=256, pointers="words
 
 
 class Kind(IntEnum):
-    QKV, ATTEND, COMBINE, SLOW_OUTPUT, OUTPUT, SWIGLU, FAST_QKV, FAST_OUTPUT, HEAD, FAST_HEAD = range(10)
+    QKV, ATTEND, SLOW_OUTPUT, OUTPUT, SWIGLU, FAST_QKV, FAST_OUTPUT, HEAD, FAST_HEAD = range(9)
 
 
 class Source(IntEnum):
@@ -158,7 +158,6 @@ class Phases:
                 results = PARTS * stack.heads * stack.head_dim // 2
                 attended, out = self._room(results + LEVELS), self._room(half)
                 self.list.append(Phase(Kind.ATTEND, given=qkv, out=attended, layer=i))
-                self.list.append(Phase(Kind.COMBINE, out=attended, layer=i))
                 self.list.append(self._matrix(Kind.SLOW_OUTPUT, w.wo, None, given=attended, out=out, **common))
             else:
                 out = self._room(half)
