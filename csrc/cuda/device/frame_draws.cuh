@@ -36,7 +36,7 @@ struct FrameDraws : FrameFastAttention<T> {
     prepare_rows(first, count);
     int place;
     const auto keep = [&](const Vec16& x, int word) {
-      if (lane() < 8) store_vec(s.hidden + word, x);
+      if (lane() < 8) store_vec(s.begin[0] + word, x);  // the first of the fast stack's first two vectors
     };
     const Vec16 x = this->normed_operand(f, 1, false, this->norm_weights(f), keep, place);
     RingCursor at{f.slot, f.parity, s.ring_slots};
@@ -55,7 +55,7 @@ struct FrameDraws : FrameFastAttention<T> {
       if (this->result_is_here() && step * kRows + row < count) take_logit(first, step * kRows + row, logit);
     }
     sync_workers();
-    draw(f, [&] { return draw_main(first, count); });
+    draw(f, [&](Start&) { return draw_main(first, count); });
   }
 
   // A fast code's logits, and its draw by every block alike.
@@ -66,7 +66,7 @@ struct FrameDraws : FrameFastAttention<T> {
       const float logit = this->result(0, row);
       if (this->result_is_here()) put_logit(f, first_row(f) + row, logit);
     }
-    draw(f, [&] { return draw_code(f); });
+    draw(f, [&](Start& start) { return draw_code(f, start); });
   }
 
   // Of the main draw, for this block's rows: -log(noise), and whether the row is to be penalised.
@@ -86,18 +86,29 @@ struct FrameDraws : FrameFastAttention<T> {
     }
   }
 
-  // Every block draws the same token, by its first warps, and keeps its code.
+  // A code, and this thread's four elements of its embedding.
+  struct Start {
+    int code;
+    uint2 x;
+  };
+  __device__ __forceinline__ Start start_with(int code) const {
+    return {code, Base::embedding(a.fast_embedding, code, thread * 4)};
+  }
+  __device__ __forceinline__ int code_of(int row) const { return min(max(row, 0), a.codebook_size - 1); }
+
+  // Every block draws the same token, by its first warps, and begins the fast stack's next pass with its code.
+  // draw_token(start) may begin with a code that it is likely to draw.
   template <class Draw>
   __device__ __forceinline__ void draw(const Phase& f, Draw draw_token) {
     if (warp() < kSamplerWarps) {
-      const int token = draw_token();
-      if (thread == 0) {
-        const bool main = f.kind == kHead;
-        s.code = min(max(main && token >= 0 ? token - a.semantic_begin : token, 0), a.codebook_size - 1);
-        if (blockIdx.x == 0) {
-          a.out[main ? 0 : f.position] = token;
-          if (main) a.out[1] = s.code;
-        }
+      const bool main = f.kind == kHead;
+      Start start{-1, {}};
+      const int token = draw_token(start), code = code_of(main ? max(token, 0) - a.semantic_begin : token);
+      if (code != start.code) start = start_with(code);
+      this->begin_vector(main ? 1 : 0, thread * 4, start.x);
+      if (thread == 0 && blockIdx.x == 0) {
+        a.out[main ? 0 : f.position] = token;
+        if (main) a.out[1] = start.code;
       }
     }
     sync_workers();
@@ -159,7 +170,7 @@ struct FrameDraws : FrameFastAttention<T> {
   }
 
   // Each thread has four of a fast code's logits.
-  __device__ __forceinline__ int draw_code(const Phase& f) {
+  __device__ __forceinline__ int draw_code(const Phase& f, Start& start) {
     WorkerMerger merge{s.slots, 0};
     const int first = thread * 4;
     const Limits limits{*a.top_p, *a.top_k};
@@ -183,6 +194,7 @@ struct FrameDraws : FrameFastAttention<T> {
     if (!is_finite(top)) return -1;
     const Scale scale{from_ordered(top), inverse_temperature};
     const Choice choice = s1::draw(limits, scale, [&](uint64 place) {
+      if (place != kEverywhere) start = start_with(code_of(static_cast<int>(place)));  // a proposal's row
       Ahead ahead = nothing();
 #pragma unroll
       for (int i = 0; i < 4; ++i) consider(ahead, value[i], noise[i], first + i, place, scale);

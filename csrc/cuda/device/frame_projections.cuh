@@ -320,11 +320,8 @@ struct FrameProjections {
     if (lane() % 8 == 0) put_word(place, pack<T>(y.x, y.y));
   }
 
-  // Puts the vectors that a stack begins with where normed_operand() finds them.
-  __device__ __forceinline__ void begin_stack(const Phase& f) {
-    const int vector = warp() / 8, column = thread % 256 * 4;
-    if (vector >= f.vectors) return;
-    const uint2 x = source(f, vector, column);
+  // Puts four elements of a vector that a stack begins with where normed_operand() finds them.
+  __device__ __forceinline__ void begin_vector(int vector, int column, const uint2& x) const {
     uint32* to = s.begin[vector] + operand_order(column / 2);
     to[0] = x.x;
     to[16] = x.y;
@@ -333,12 +330,8 @@ struct FrameProjections {
     const float2 v = unpack<T>(x.x), w = unpack<T>(x.y);
     *reinterpret_cast<float4*>(s.own[vector] + own) = {v.x, v.y, w.x, w.y};
   }
-  __device__ __forceinline__ uint2 source(const Phase& f, int vector, int column) const {
-    if (f.source == kCodes) {
-      const uint32* hidden = s.hidden + operand_order(column / 2);
-      if (f.vectors == 2 && vector == 0) return {hidden[0], hidden[16]};
-      return embedding(a.fast_embedding, s.code, column);
-    }
+  // Four elements of the embedding of the frame's tokens.
+  __device__ __forceinline__ uint2 frame_embedding(int column) const {
     constexpr uint32 kNaN = 0x7fff7fffu;  // two of either 16-bit type
     const int main = a.tokens[0];
     if (main < 0 || main >= a.text_rows) return {kNaN, kNaN};
@@ -427,12 +420,11 @@ struct FrameProjections {
   template <int kTiles>
   __device__ __forceinline__ void qkv(const Phase& f) {
     const int vectors = now(f.vectors);
-    const bool begins = f.source != kWords;
-    if (begins) {
-      begin_stack(f);
+    if (f.source == kTokens) {
+      if (warp() < 8) begin_vector(0, thread * 4, frame_embedding(thread * 4));
       sync_workers();
     }
-    project_normed<kTiles>(f, vectors, begins);
+    project_normed<kTiles>(f, vectors, f.source != kWords);
     const int vector = warp() / kTiles, row = warp() % kTiles * kTileRows + result_row();
     if (vector >= vectors) return;
     uint32* place = place_of(f, vector, row);

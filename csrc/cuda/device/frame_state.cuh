@@ -185,12 +185,10 @@ struct Shared {
   float own[2][kOwnRows];                        // this block's rows of the residual stream, by vector
   float gumbel[1024];                            // of the fast code that is drawn next
   uint32 begin[2][kWidth / 2];                   // what a stack begins with, by vector
-  uint32 hidden[kWidth / 2];                     // the slow stack's result
   uint64 full[kSlots], empty[kSlots], past_full;
   int ring_slots;  // that are in use
   Ahead slots[2 * kSamplerWarps];
   Phase phases[8];  // this one, the next four, and those that some may still read
-  int code;         // of the last draw
   int position;     // of the frame
   uint32 turn;      // number of the frame
 };
