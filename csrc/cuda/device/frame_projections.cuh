@@ -337,13 +337,19 @@ struct FrameProjections {
     if (main < 0 || main >= a.text_rows) return {kNaN, kNaN};
     const uint2 text = embedding(a.text_embedding, main, column);
     if (main < a.semantic_begin || main > a.semantic_end) return text;
+    bool known = true;
+    uint2 x[kPlaces];  // all at a time
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) {
+      const int code = i < a.codebooks ? a.tokens[1 + i] : 0, row = min(max(code, 0), a.codebook_size - 1);
+      known &= code == row;
+      x[i] = i < a.codebooks ? embedding(a.codebook_embedding, i * a.codebook_size + row, column) : uint2{};
+    }
+    if (!known) return {kNaN, kNaN};
     float2 v = unpack<T>(text.x), w = unpack<T>(text.y);
-#pragma unroll 1
-    for (int i = 0; i < a.codebooks; ++i) {
-      const int code = a.tokens[1 + i];
-      if (code < 0 || code >= a.codebook_size) return {kNaN, kNaN};
-      const uint2 x = embedding(a.codebook_embedding, i * a.codebook_size + code, column);
-      const float2 p = unpack<T>(x.x), q = unpack<T>(x.y);
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) {
+      const float2 p = unpack<T>(x[i].x), q = unpack<T>(x[i].y);
       v = {v.x + p.x, v.y + p.y};
       w = {w.x + q.x, w.y + q.y};
     }
