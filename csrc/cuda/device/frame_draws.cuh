@@ -22,8 +22,7 @@ struct FrameDraws : FrameFastAttention<T> {
   using Base::waiting;
   using Base::warp;
 
-  __device__ __forceinline__ float penalised(float x, bool said) const {
-    const float penalty = *a.repetition_penalty;
+  static __device__ __forceinline__ float penalised(float x, bool said, float penalty) {
     if (said) x = x < 0.0f ? x * penalty : x / penalty;
     return x + 0.0f;
   }
@@ -77,9 +76,10 @@ struct FrameDraws : FrameFastAttention<T> {
         {static_cast<uint64>(a.rng[0]), static_cast<uint64>(a.rng[1]), static_cast<uint32>(a.main_threads)},
         false};
 #pragma unroll 1
-    for (int i = thread; i < count; i += kWorkers * 32) {
+    for (int i = (warp() + kWorkers - 1) % kWorkers * 32 + lane(); i < count; i += kWorkers * 32) {  // warp 0 comes late
       const int token = a.ids ? a.ids[first + i] : first + i;
       bool said = false;
+#pragma unroll 4
       for (int w = 0; w <= a.codebooks; ++w) said |= a.window[w * a.width] == token;  // the window's first frame
       s.logits.value[i] = said ? 1.0f : 0.0f;
       s.logits.gumbel[i] = noise(first + i);
@@ -117,7 +117,7 @@ struct FrameDraws : FrameFastAttention<T> {
   __device__ __forceinline__ void take_logit(int first, int row, float x) {
     if (a.logit_bias) x += a.logit_bias[first + row];
     a.main_logits[first + row] = x;
-    s.logits.value[row] = penalised(x, s.logits.value[row] != 0.0f);
+    s.logits.value[row] = penalised(x, s.logits.value[row] != 0.0f, *a.repetition_penalty);
   }
 
   // Merges what all blocks found in a pass, in all of them alike.
@@ -175,6 +175,7 @@ struct FrameDraws : FrameFastAttention<T> {
     const int first = thread * 4;
     const Limits limits{*a.top_p, *a.top_k};
     const float inverse_temperature = 1.0f / fmaxf(*a.temperature, kLowestTemperature);
+    const float penalty = *a.repetition_penalty;
     float value[4];
     const float4 gumbel = reinterpret_cast<const float4*>(s.gumbel)[thread];
     const float noise[4] = {gumbel.x, gumbel.y, gumbel.z, gumbel.w};
@@ -187,7 +188,7 @@ struct FrameDraws : FrameFastAttention<T> {
     const Vec16 words = waiting.take4(a.words + f.out + first);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      value[i] = penalised(__uint_as_float(words.word[i]), said >> i & 1u);
+      value[i] = penalised(__uint_as_float(words.word[i]), said >> i & 1u, penalty);
       top = max(top, ordered_or_nan(value[i]));
     }
     top = merge.largest_of_block(top);
