@@ -40,6 +40,7 @@ struct PersistentFrame : FrameDraws<T> {
       for (int p = 0; p < 4; ++p) fetch_phase(p);
       copies_done();
     }
+    wait_for_inputs();
     sync_workers();
     for (int p = 0; p < a.phase_count; ++p) {
       const Phase& f = s.phases[p % 8];
