@@ -200,7 +200,7 @@ def run_frame(
     weights = Weights(
         **{**vars(model.weights), **{n: aligned(getattr(model.weights, n)) for n in ("cos_sin", "fast_cos_sin")}}
     )
-    with library.bound(seed):
+    with library.bound(seed), mock.patch.object(persistent_frame, "l2_bytes", lambda device: 50 << 20):
         launches = persistent_frame.launches(
             config, weights, head, k_caches=caches[:layers], v_caches=caches[layers:], ids=model.rows.ids,
             logit_bias=model.rows.bias, scalars=SCALARS, **model.draws.offsets, **given,

@@ -127,6 +127,7 @@ PTX(mbarrier_try_wait_parity_shared_b64)(bool& over, uint32_t at, uint32_t parit
 
 // ---- copies
 PTX(createpolicy_fractional_L2_evict_first_b64)(unsigned long long& policy, float, Site) { policy = 0; }
+PTX(createpolicy_fractional_L2_evict_last_L2_evict_first_b64)(unsigned long long& policy, float, Site) { policy = 0; }
 PTX(cp_async_bulk_shared_global_mbarrier_complete_tx_bytes)(uint32_t to, const void* from, int bytes, uint32_t mbarrier,
                                                             Site site) {
   bulk_copy(from_shared(to, site), from, bytes, word64(mbarrier, site), site);

@@ -36,6 +36,7 @@ struct FrameProjections {
       const Phase f = next;
       const int under_way = f.kind == kHead ? kUnderWayHead : slots == kSlotsFarther ? kUnderWayFarther : kUnderWay;
       if (p + 1 < a.phase_count) next = phases[p + 1];
+      const uint64 policy = f.kept_share > 0.0f ? keep_share(f.kept_share) : pass_through();
       RingCursor at = RingCursor{f.slot, f.parity, slots}.ahead(lane);
       for (int u = lane; u - lane < f.units; u += kCopyLanes) {
         if (u < f.units) {
@@ -45,7 +46,7 @@ struct FrameProjections {
             before.retreat(under_way);
             barrier_wait(s.full + before.slot, before.parity);
           }
-          copy_unit(s, f, u, at.slot);
+          copy_unit(s, f, u, at.slot, policy);
         }
         at.advance(kCopyLanes);
         __syncwarp((1u << kCopyLanes) - 1);
@@ -54,15 +55,16 @@ struct FrameProjections {
   }
 
   // The rows of a block lie side by side. kSwiglu takes tiles of w1 and w3 by turns.
-  static __device__ __forceinline__ void copy_unit(Shared<T>& s, const Phase& f, int u, int slot) {
+  static __device__ __forceinline__ void copy_unit(Shared<T>& s, const Phase& f, int u, int slot,
+                                                   uint64 policy) {
     const int row_bytes = f.slices * kRowBytes, at = (f.second ? u / 2 : u) * kUnitBytes;
     const int bytes = max(0, min(kUnitBytes, rows_here(f) * row_bytes - at)), first = min(bytes, kPieceBytes);
     const uint64 from = (f.second && u % 2 ? f.second : f.weight) + static_cast<int64>(first_row(f)) * row_bytes + at;
     unsigned char* to = s.ring + slot * kSlotBytes;
     barrier_expect(s.full + slot, bytes);
-    if (bytes > 0) bulk_copy_once(to, reinterpret_cast<const void*>(from), first, s.full + slot);
+    if (bytes > 0) bulk_copy(to, reinterpret_cast<const void*>(from), first, s.full + slot, policy);
     if (bytes > first)
-      bulk_copy_once(to + kPiecePitch, reinterpret_cast<const void*>(from + first), bytes - first, s.full + slot);
+      bulk_copy(to + kPiecePitch, reinterpret_cast<const void*>(from + first), bytes - first, s.full + slot, policy);
   }
 
   // The phases for the ring that is in use.

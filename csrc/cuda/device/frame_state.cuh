@@ -56,9 +56,9 @@ struct Phase {
   int units;     // of the ring, in every block; whole steps of kHead
   int past;      // of kFastOutput: word offset of all positions' qkv of the layer that comes next
   int kept;      // how many of these positions are copied; in the phase that waits for them too
-  int unused;
-  int slot;       // of the first unit
-  uint32 parity;  // of its turn
+  float kept_share;  // of the weights, that L2 is to keep for the frame's other passes of the fast stack
+  int slot;          // of the first unit
+  uint32 parity;     // of its turn
 };
 
 struct PersistentFrameArgs {

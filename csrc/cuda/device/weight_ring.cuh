@@ -47,10 +47,19 @@ __device__ __forceinline__ bool barrier_done(uint64* b, uint32 parity) {
                : "memory");
   return done != 0;
 }
-// Of what is read once a frame: L2 gives it up first, and keeps code, state and what small weights there are.
-__device__ __forceinline__ void bulk_copy_once(void* to, const void* from, int bytes, uint64* b) {
+// What L2 is to do with what is copied: to give it up first, so that it keeps code, state and small weights; or to keep a
+// share of it, by address, as long as it can.
+__device__ __forceinline__ uint64 pass_through() {
   uint64 policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ uint64 keep_share(float share) {
+  uint64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.L2::evict_first.b64 %0, %1;" : "=l"(policy) : "f"(share));
+  return policy;
+}
+__device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, uint64* b, uint64 policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
           "r"(shared_address(to)),
@@ -73,7 +82,9 @@ __device__ __forceinline__ void barrier_arrive(uint64*) {}
 __device__ __forceinline__ void barrier_meet(uint64*) {}
 __device__ __forceinline__ bool barrier_done(uint64*, uint32) { return true; }
 __device__ __forceinline__ void bulk_copy(void*, const void*, int, uint64*) {}
-__device__ __forceinline__ void bulk_copy_once(void*, const void*, int, uint64*) {}
+__device__ __forceinline__ void bulk_copy(void*, const void*, int, uint64*, uint64) {}
+__device__ __forceinline__ uint64 pass_through() { return 0; }
+__device__ __forceinline__ uint64 keep_share(float) { return 0; }
 __device__ __forceinline__ void barriers_visible() {}
 #endif
 

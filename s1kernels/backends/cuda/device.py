@@ -26,6 +26,11 @@ def multiprocessors(device: torch.device) -> int:
     return _multiprocessors(index_of(device))
 
 
+def l2_bytes(device: torch.device) -> int:
+    """What the second-level cache holds."""
+    return _l2_bytes(index_of(device))
+
+
 @cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
@@ -34,3 +39,8 @@ def _capability(index: int) -> tuple[int, int]:
 @cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@cache
+def _l2_bytes(index: int) -> int:
+    return torch.cuda.get_device_properties(index).L2_cache_size

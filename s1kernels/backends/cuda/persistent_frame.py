@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from s1kernels.backends.cuda import driver
-from s1kernels.backends.cuda.device import index_of
+from s1kernels.backends.cuda.device import index_of, l2_bytes
 from s1kernels.backends.cuda.launch import Kernel, Launch, capability, multiprocessors
 from s1kernels.backends.cuda.support import HALVES
 from s1kernels.model.config import DualARConfig, StackConfig
@@ -26,7 +26,8 @@ SHARED_BYTES = 231_424  # sizeof(Shared<T>), rounded up
 MOST_LOGITS = 1280  # of a block
 LEVELS = 8 * 32  # words with the weights of these parts
 SLOTS = 10, 9, 6  # of the weight ring, the longer the past, the fewer
-UNIT_ROWS, HEAD_UNITS = 8, 2  # of a unit of the ring; units of a step of the head
+UNIT_ROWS, UNIT_BYTES, HEAD_UNITS = 8, 16_384, 2  # of a unit of the ring; units of a step of the head
+KEPT_IN_L2 = 0.4  # of its bytes, with weights of the fast stack; measured on an H100, whose 50 MB are two halves
 
 FRAME = Kernel(
     "persistent_frame", "persistent_frame", block=544,
@@ -75,13 +76,13 @@ class Phase:
         units = -(-self.share * self.slices * matrices // UNIT_ROWS)
         return -(-units // HEAD_UNITS) * HEAD_UNITS if self.kind == Kind.HEAD else units
 
-    def packed(self, first_unit: int, slots: int) -> bytes:
-        """The struct's bytes, when that many units come before in a ring of so many."""
+    def packed(self, first_unit: int, slots: int, kept_share: float) -> bytes:
+        """The struct's bytes, when that many units come before in a ring of so many, and L2 keeps a share of them."""
         turn, slot = divmod(first_unit, slots)
         return struct.pack(
-            "<3Q16i", self.weight, self.second, self.norm_weight, self.rows, self.share, self.kind, self.source,
+            "<3Q13if2i", self.weight, self.second, self.norm_weight, self.rows, self.share, self.kind, self.source,
             self.given, self.vectors, self.out, self.slices, self.layer, self.position, self.units, self.past,
-            self.kept, 0, slot, turn % 2,
+            self.kept, kept_share, slot, turn % 2,
         )  # fmt: skip
 
 
@@ -134,10 +135,22 @@ class Phases:
     def packed(self, device: torch.device) -> Tensor:
         """For every ring."""
         units = list(accumulate((phase.units for phase in self.list), initial=0))
+        shares = self._kept_shares(l2_bytes(device))
         data = b"".join(
-            phase.packed(first, slots) for slots in SLOTS for phase, first in zip(self.list, units, strict=False)
+            phase.packed(first, slots, share)
+            for slots in SLOTS
+            for phase, first, share in zip(self.list, units, shares, strict=False)
         )
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+
+    def _kept_shares(self, cache_bytes: int) -> list[float]:
+        """Of every phase's weights, the share that L2 is to keep: of the fast stack's, which come again, as much as
+        there is room for.
+        """
+        slow = [phase.kind for phase in self.list].index(Kind.HEAD) + 1
+        again = {phase.weight: phase.units for phase in self.list[slow:]}
+        share = KEPT_IN_L2 * cache_bytes / (BLOCKS * UNIT_BYTES * sum(again.values()))
+        return [0.0] * slow + [min(share, 1.0)] * (len(self.list) - slow)
 
     def _stack(
         self, stack: StackConfig, layers: list[LayerWeights], source: Source, vectors: int = 1, position: int = 0
