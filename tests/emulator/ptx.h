@@ -132,10 +132,6 @@ PTX(cp_async_bulk_shared_global_mbarrier_complete_tx_bytes)(uint32_t to, const v
                                                             Site site) {
   bulk_copy(from_shared(to, site), from, bytes, word64(mbarrier, site), site);
 }
-PTX(cp_async_bulk_shared_global_mbarrier_complete_tx_bytes)(uint32_t to, const void* from, int bytes, uint32_t mbarrier,
-                                                            unsigned long long, Site site) {  // with a policy
-  bulk_copy(from_shared(to, site), from, bytes, word64(mbarrier, site), site);
-}
 PTX(cp_async_shared_global)(uint32_t to, const void* from, int bytes, Site site) {
   async_copy(from_shared(to, site), from, bytes, site);
 }

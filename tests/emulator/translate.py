@@ -138,6 +138,8 @@ def instruction(text: str, operands: list[str], declared: set[str]) -> str:
         return f"{'bool' if kind == '.pred' else TYPES[kind[1:]]} {names};"
     parts = mnemonic.split(".")
     args = arguments(rest, operands, declared)
+    if "L2::cache_hint" in parts:
+        del args[-1]  # the policy
     shared = any(part.startswith("shared") for part in parts)
     if parts[0] in ("ld", "st") and parts[-1] in TYPES:
         flags = [str(shared).lower()]

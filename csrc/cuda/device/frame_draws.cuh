@@ -76,7 +76,8 @@ struct FrameDraws : FrameFastAttention<T> {
         {static_cast<uint64>(a.rng[0]), static_cast<uint64>(a.rng[1]), static_cast<uint32>(a.main_threads)},
         false};
 #pragma unroll 1
-    for (int i = (warp() + kWorkers - 1) % kWorkers * 32 + lane(); i < count; i += kWorkers * 32) {  // warp 0 comes late
+    for (int i = (warp() + kWorkers - 1) % kWorkers * 32 + lane(); i < count;
+         i += kWorkers * 32) {  // warp 0 comes late
       const int token = a.ids ? a.ids[first + i] : first + i;
       bool said = false;
 #pragma unroll 4

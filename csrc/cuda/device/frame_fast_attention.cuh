@@ -121,19 +121,16 @@ struct FrameFastAttention : FrameSlowAttention<T> {
   }
 
   // Starts to copy the keys and values of the layer that comes next, when all warps are done with this one's: a word a
-  // lane of each, by the first of the two warps that share them. They were passed on in earlier passes, to this warp
-  // too.
+  // lane, keys by the first of the two warps that share them, values by the other. They were passed on in earlier
+  // passes, to this warp too.
   __device__ __forceinline__ void copy_kept(const Phase& f) {
-    const int head = warp() / 2, lane = this->lane(), piece = lane / 16 * 4 + lane % 4, word = lane / 4 % 4;
-    if (warp() % 2 != 0) return;
+    const int head = warp() / 2, side = warp() % 2, lane = this->lane();
+    const int piece = lane / 16 * 4 + lane % 4, word = lane / 4 % 4;
+    const uint32* from = a.words + (f.past + (16 + 8 * side + head) * (kFastDim / 2) + lane);
 #pragma unroll 1
-    for (int place = 0; place < f.kept; ++place) {
-      const uint32* from = a.words + f.past + place * (kFastQkvRows / 2) + (16 + head) * (kFastDim / 2) + lane;
-#pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        uint32* to = reinterpret_cast<uint32*>(s.cache[side][place][head]);
-        copy_async4(to + (piece ^ place % 8 ^ (1 + side)) * 4 + word, from + side * (8 * kFastDim / 2));
-      }
+    for (int place = 0; place < f.kept; ++place, from += kFastQkvRows / 2) {
+      uint32* to = reinterpret_cast<uint32*>(s.cache[side][place][head]);
+      copy_async4(to + (piece ^ place % 8 ^ (1 + side)) * 4 + word, from);
     }
   }
 

@@ -55,8 +55,7 @@ struct FrameProjections {
   }
 
   // The rows of a block lie side by side. kSwiglu takes tiles of w1 and w3 by turns.
-  static __device__ __forceinline__ void copy_unit(Shared<T>& s, const Phase& f, int u, int slot,
-                                                   uint64 policy) {
+  static __device__ __forceinline__ void copy_unit(Shared<T>& s, const Phase& f, int u, int slot, uint64 policy) {
     const int row_bytes = f.slices * kRowBytes, at = (f.second ? u / 2 : u) * kUnitBytes;
     const int bytes = max(0, min(kUnitBytes, rows_here(f) * row_bytes - at)), first = min(bytes, kPieceBytes);
     const uint64 from = (f.second && u % 2 ? f.second : f.weight) + static_cast<int64>(first_row(f)) * row_bytes + at;

@@ -96,7 +96,7 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
     if (side < 2 && taken > 0)
       bulk_copy(mine.past(s, side) + lane_id() % kRuns * mine.stride(),
                 Base::rows(a, layer, side) + static_cast<int64>(first + skipped) * kSlowDim, taken * kRowWords * 4,
-                &s.past_full);
+                &s.past_full, pass_through());
   }
 
   // Slow attention.

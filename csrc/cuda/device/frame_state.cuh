@@ -51,11 +51,11 @@ struct Phase {
   int vectors;  // 1, or 2 in the fast stack's first pass
   int out;
   int slices;
-  int layer;     // of its stack
-  int position;  // of the first vector in the fast stack; of kFastHead: the number of the code that is drawn
-  int units;     // of the ring, in every block; whole steps of kHead
-  int past;      // of kFastOutput: word offset of all positions' qkv of the layer that comes next
-  int kept;      // how many of these positions are copied; in the phase that waits for them too
+  int layer;         // of its stack
+  int position;      // of the first vector in the fast stack; of kFastHead: the number of the code that is drawn
+  int units;         // of the ring, in every block; whole steps of kHead
+  int past;          // of kFastOutput: word offset of all positions' qkv of the layer that comes next
+  int kept;          // how many of these positions are copied; in the phase that waits for them too
   float kept_share;  // of the weights, that L2 is to keep for the frame's other passes of the fast stack
   int slot;          // of the first unit
   uint32 parity;     // of its turn

@@ -104,7 +104,7 @@ struct FrameWholeAttention : FrameProjections<T> {
                     slice<kParts>() * kSliceDim<kParts> + matrix % 2 * 8;
     Vec16* to = &room<kParts>(s).past[warp].values[0][lane];
 #pragma unroll
-    for (int i = 0; i < kParts; ++i) copy_async(to + i * kWarp, from + i * 16);
+    for (int i = 0; i < kParts; ++i) copy_once(to + i * kWarp, from + i * 16);
   }
 
   // What has to be there before the first layer: each warp's values, and zeros where no warp will leave sums.
@@ -186,7 +186,7 @@ struct FrameWholeAttention : FrameProjections<T> {
     for (int i = 0; i < 2; ++i) {
       const T* from = past_row(a, past, f.layer, 0, warp, i * 8 + g) + t * 8;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) key[i][j] = load_weight(from + j * 32);
+      for (int j = 0; j < 4; ++j) key[i][j] = load_once(from + j * 32);
     }
     copies_done();
     __syncwarp();

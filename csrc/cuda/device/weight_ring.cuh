@@ -47,8 +47,8 @@ __device__ __forceinline__ bool barrier_done(uint64* b, uint32 parity) {
                : "memory");
   return done != 0;
 }
-// What L2 is to do with what is copied: to give it up first, so that it keeps code, state and small weights; or to keep a
-// share of it, by address, as long as it can.
+// What L2 is to do with what is read once a frame: to give it up first, so that it keeps code, state and small weights.
+// With what is read again: to keep a share of it, by address, as long as it can.
 __device__ __forceinline__ uint64 pass_through() {
   uint64 policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -66,10 +66,17 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
       "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy)
       : "memory");
 }
-__device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, uint64* b) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(b))
+// 16 bytes of what passes through: into registers, or to shared memory until copies_done().
+__device__ __forceinline__ Vec16 load_once(const void* at) {
+  Vec16 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(at), "l"(pass_through()));
+  return v;
+}
+__device__ __forceinline__ void copy_once(Vec16* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "l"(pass_through())
                : "memory");
 }
 __device__ __forceinline__ void barriers_visible() {
@@ -81,10 +88,11 @@ __device__ __forceinline__ void barrier_expect(uint64*, int) {}
 __device__ __forceinline__ void barrier_arrive(uint64*) {}
 __device__ __forceinline__ void barrier_meet(uint64*) {}
 __device__ __forceinline__ bool barrier_done(uint64*, uint32) { return true; }
-__device__ __forceinline__ void bulk_copy(void*, const void*, int, uint64*) {}
 __device__ __forceinline__ void bulk_copy(void*, const void*, int, uint64*, uint64) {}
 __device__ __forceinline__ uint64 pass_through() { return 0; }
 __device__ __forceinline__ uint64 keep_share(float) { return 0; }
+__device__ __forceinline__ Vec16 load_once(const void*) { return {}; }
+__device__ __forceinline__ void copy_once(Vec16*, const void*) {}
 __device__ __forceinline__ void barriers_visible() {}
 #endif
 
