@@ -45,6 +45,7 @@ SAMPLING = {"temperature": 0.7, "top_p": 0.7, "repetition_penalty": 1.2}
 END = 0  # what demo's tokenizer calls the end token
 ERROR_FLOOR = 1e-5  # what float32 leaves open
 
+SKIPPED = {"compiled": COMPILED, "default-mode": DEFAULT}
 CONTEXTS = [0, 128, 512, 2048, 4096]
 FULL = {"context": CONTEXTS, "frames": 200, "slow_frames": 20, "rounds": 5, "settle": 8, "cache": [8192]}
 SMALL = {"context": [16], "frames": 4, "slow_frames": 2, "rounds": 2, "settle": 2, "cache": [64]}
@@ -62,7 +63,9 @@ def parse() -> argparse.Namespace:
         help=f"prompt lengths (default: {lengths}); 0: the shortest that can be checked",
     )
     parser.add_argument("--frames", type=int, help="frames that a measurement decodes (default: 200)")
-    parser.add_argument("--slow-frames", type=int, help="the same without graph or compilation (default: 20)")
+    parser.add_argument(
+        "--slow-frames", type=int, help="the same for what takes tens of milliseconds a frame (default: 20)"
+    )
     parser.add_argument("--rounds", type=int, help="measurements a row; the median counts (default: 5)")
     parser.add_argument(
         "--settle", type=int, help="frames of the short run: compiled and captured steps settle in them (default: 8)"
@@ -72,7 +75,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--rows", nargs="+", default=["all", "semantic"], choices=("all", "semantic"))
     parser.add_argument("--small", action="store_true", help="a small model and small defaults: does it run at all?")
-    parser.add_argument("--skip-compiled", action="store_true", help="without torch.compile, which takes minutes")
+    parser.add_argument(
+        "--skip",
+        nargs="+",
+        default=[],
+        choices=SKIPPED,
+        help="upstream compiled as it does itself, or by torch's default mode: each takes minutes",
+    )
     parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args()
     for name, value in (SMALL if options.small else FULL).items():
@@ -150,11 +159,14 @@ class Bench:
         graphs.insert(0, Contender("s1kernels graph", o.frames, {"persistent": False}, refused=no_graph))
         no_triton = no_graph or triton.available() or ""
         graphs.append(Contender("Triton, graph", o.frames, {"backend": "triton"}, refused=no_triton))
-        skipped = "left out (--skip-compiled)" if o.skip_compiled else ""
-        captured = Contender(CAPTURED, o.frames, step=lambda: Captured(self.inference), refused=no_graph)
+        skipped = {SKIPPED[name]: f"left out (--skip {name})" for name in o.skip}
+        captured = Contender(CAPTURED, o.slow_frames, step=lambda: Captured(self.inference), refused=no_graph)
         modes = {DEFAULT: None, COMPILED: AS_UPSTREAM}
         steps = {name: functools.partial(compiled, self.inference, self.device, mode) for name, mode in modes.items()}
-        by_torch = [Contender(name, o.frames, step=functools.cache(s), refused=skipped) for name, s in steps.items()]
+        by_torch = [
+            Contender(name, o.frames, step=functools.cache(s), refused=skipped.get(name, ""))
+            for name, s in steps.items()
+        ]
         return [Contender(EAGER, o.slow_frames), per_op, *graphs, *by_torch, captured]
 
     def build(self, cache: int) -> Any:

@@ -40,7 +40,18 @@ def run_frame(bench, monkeypatch, tmp_path):
 
     def run(*arguments):
         path = tmp_path / "out" / "frame.json"
-        command = ["bench_frame.py", "--device", "cpu", "--small", "--skip-compiled", "--json", str(path), *arguments]
+        command = [
+            "bench_frame.py",
+            "--device",
+            "cpu",
+            "--small",
+            "--skip",
+            "compiled",
+            "default-mode",
+            "--json",
+            str(path),
+            *arguments,
+        ]
         monkeypatch.setattr(sys, "argv", command)
         monkeypatch.setenv("COLUMNS", "200")
         monkeypatch.setattr(frame.Bench, "speak", timed)
@@ -69,7 +80,7 @@ def test_bench_frame_side_by_side(run_frame, monkeypatch, capsys):
         assert row["gigabytes_per_second"] == pytest.approx(row["bytes_per_frame"] / row["seconds_per_frame"] / 1e9)
     assert ours["logit_error"] <= ours["upstream_logit_error"] == eager["logit_error"] < 0.05
     assert ours["times_faster_than"] == pytest.approx({f"upstream eager, cache {cache}": 3 for cache in (64, 32)})
-    assert "--skip-compiled" in rows["upstream compiled", "all", 64]["refused"]
+    assert "--skip compiled" in rows["upstream compiled", "all", 64]["refused"]
     assert "CUDA" in rows["s1kernels persistent", "semantic", 64]["refused"]
     assert result["patch_to_first_frame"]["cpu"]["patch_to_first_frame"] > 0
     origin = result["provenance"]
