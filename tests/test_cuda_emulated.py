@@ -11,7 +11,7 @@ import torch
 from emulated_frame import Model, config_of, run_frame
 from emulated_kernels import SOURCES, LaunchFailed, build, unavailable
 
-from s1kernels.backends.cuda.persistent_frame import FRAME, Kind, Phases
+from s1kernels.backends.cuda.persistent_frame import FRAME, KEPT_IN_L2, Kind, Phases
 
 REASON = unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -98,6 +98,19 @@ def test_every_phase_of_many_layers_passes_on_what_it_should(library, position):
     frame.launch.tensors[FRAME.pointers.index("words")][swiglu.out + 3] ^= 1 << 14  # an exponent's bit
     with pytest.raises(AssertionError, match="slow 0 SWIGLU"):
         phases.check()
+
+
+@pytest.mark.parametrize("cache_bytes", [1 << 20, 1 << 30])
+def test_l2_is_to_keep_weights_that_come_again(cache_bytes):
+    """As much as it has room for, of the fast stack's alone."""
+    one = model("small", HALVES[0], False)
+    phases = Phases(one.config, one.weights, one.rows.head)
+    shares = phases.kept_shares(cache_bytes)
+    slow = 1 + next(i for i, phase in enumerate(phases.list) if phase.kind == Kind.HEAD)
+    assert set(shares[:slow]) == {0.0} and len(set(shares[slow:])) == 1 and len(shares) == len(phases.list)
+    again = [t for w in one.weights.fast for t in (w.wqkv, w.wo, w.w1, w.w2, w.w3)] + [one.weights.fast_head[:1024]]
+    size = sum(t.nbytes for t in again)
+    assert shares[-1] == pytest.approx(min(1.0, KEPT_IN_L2 * cache_bytes / size))
 
 
 def test_a_frame_of_a_text_token_is_right(library):

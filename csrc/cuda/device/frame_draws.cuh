@@ -68,7 +68,8 @@ struct FrameDraws : FrameFastAttention<T> {
     draw(f, [&](Start& start) { return draw_code(f, start); });
   }
 
-  // Of the main draw, for this block's rows: -log(noise), and whether the row is to be penalised.
+  // Of the main draw, for this block's rows: -log(noise), and whether the row is to be penalised. The first warp, which
+  // comes late from adding up, takes the last of them.
   __device__ __forceinline__ void prepare_rows(int first, int count) {
     const Gumbel noise{
         nullptr,
@@ -76,8 +77,7 @@ struct FrameDraws : FrameFastAttention<T> {
         {static_cast<uint64>(a.rng[0]), static_cast<uint64>(a.rng[1]), static_cast<uint32>(a.main_threads)},
         false};
 #pragma unroll 1
-    for (int i = (warp() + kWorkers - 1) % kWorkers * 32 + lane(); i < count;
-         i += kWorkers * 32) {  // warp 0 comes late
+    for (int i = (thread + (kWorkers - 1) * 32) % (kWorkers * 32); i < count; i += kWorkers * 32) {
       const int token = a.ids ? a.ids[first + i] : first + i;
       bool said = false;
 #pragma unroll 4

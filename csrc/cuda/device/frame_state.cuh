@@ -56,7 +56,7 @@ struct Phase {
   int units;         // of the ring, in every block; whole steps of kHead
   int past;          // of kFastOutput: word offset of all positions' qkv of the layer that comes next
   int kept;          // how many of these positions are copied; in the phase that waits for them too
-  float kept_share;  // of the weights, that L2 is to keep for the frame's other passes of the fast stack
+  float kept_share;  // of the weights: what L2 is to keep of them, since they come again
   int slot;          // of the first unit
   uint32 parity;     // of its turn
 };

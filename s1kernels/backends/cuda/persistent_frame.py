@@ -27,7 +27,7 @@ MOST_LOGITS = 1280  # of a block
 LEVELS = 8 * 32  # words with the weights of these parts
 SLOTS = 10, 9, 6  # of the weight ring, the longer the past, the fewer
 UNIT_ROWS, UNIT_BYTES, HEAD_UNITS = 8, 16_384, 2  # of a unit of the ring; units of a step of the head
-KEPT_IN_L2 = 0.4  # of its bytes, with weights of the fast stack; measured on an H100, whose 50 MB are two halves
+KEPT_IN_L2 = 0.4  # of its bytes, for weights that come again; what helps most on an H100, with 50 MB
 
 FRAME = Kernel(
     "persistent_frame", "persistent_frame", block=544,
@@ -135,7 +135,7 @@ class Phases:
     def packed(self, device: torch.device) -> Tensor:
         """For every ring."""
         units = list(accumulate((phase.units for phase in self.list), initial=0))
-        shares = self._kept_shares(l2_bytes(device))
+        shares = self.kept_shares(l2_bytes(device))
         data = b"".join(
             phase.packed(first, slots, share)
             for slots in SLOTS
@@ -143,10 +143,8 @@ class Phases:
         )
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
 
-    def _kept_shares(self, cache_bytes: int) -> list[float]:
-        """Of every phase's weights, the share that L2 is to keep: of the fast stack's, which come again, as much as
-        there is room for.
-        """
+    def kept_shares(self, cache_bytes: int) -> list[float]:
+        """The share of every phase's weights that L2 is to keep: of the fast stack's, which come again."""
         slow = [phase.kind for phase in self.list].index(Kind.HEAD) + 1
         again = {phase.weight: phase.units for phase in self.list[slow:]}
         share = KEPT_IN_L2 * cache_bytes / (BLOCKS * UNIT_BYTES * sum(again.values()))
