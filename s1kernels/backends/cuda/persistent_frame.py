@@ -222,7 +222,7 @@ def launches(
         head.dtype, device, grid=BLOCKS, pdl=False, words=exchanged, abandoned=state[:1], count=exchanged.numel()
     )
     frame = FRAME.bind(
-        head.dtype, device, grid=BLOCKS, shared=SHARED_BYTES, cooperative=True,
+        head.dtype, device, grid=BLOCKS, shared=SHARED_BYTES, pdl=True, cooperative=True,
         phases=phases.packed(device), words=exchanged, passes=exchanged[phases.words :], parts=parts,
         abandoned=state[:1], turn=state[1:], tokens=tokens, position=position, text_embedding=weights.text_embedding,
         codebook_embedding=weights.codebook_embedding, fast_embedding=weights.fast_embedding,
