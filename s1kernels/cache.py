@@ -11,13 +11,16 @@ FIRST_CAPACITY = 512  # positions of a new cache; it doubles when they are used 
 
 
 class KVCache:
-    """The slow stack's keys and values, one [1, G, S, D] tensor a layer; S grows as positions are used."""
+    """The slow stack's keys and values, one [1, G, S, D] tensor a layer; S grows as positions are used.
+
+    What has not been written is zeros: a frame that is timed over it has finite logits.
+    """
 
     def __init__(self, config: DualARConfig, like: Tensor, first: int = FIRST_CAPACITY) -> None:
         self.config, self.first = config, min(first, config.max_positions)
         stack = config.slow
         shape = (1, stack.kv_heads, self.first, stack.head_dim)
-        self.k, self.v = ([like.new_empty(shape) for _ in range(stack.layers)] for _ in range(2))
+        self.k, self.v = ([like.new_zeros(shape) for _ in range(stack.layers)] for _ in range(2))
 
     @property
     def capacity(self) -> int:

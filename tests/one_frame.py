@@ -17,10 +17,7 @@ def main():
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     options = parser.parse_args()
     engine = build("s1_mini", "cuda", getattr(torch, options.dtype), persistent=True)
-    for length in (1, options.position + 1):  # a cache that grows copies all that it had
-        engine.cache.reserve(length)
-        for rows in (*engine.cache.k, *engine.cache.v):
-            rows.zero_()
+    engine.cache.reserve(options.position + 1)
     seconds = engine.decoder.time_frames(options.position, 1)
     print(f"a frame after {options.position} positions took {seconds:.3g} s")
 

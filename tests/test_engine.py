@@ -44,6 +44,7 @@ def test_a_cache_that_grows_changes_nothing(backend):
     engine = s1kernels.Engine(CONFIG, weights(), backend=backend)
     roomy = s1kernels.Engine(CONFIG, weights(), backend=backend, cache=KVCache(CONFIG, weights().norm, first=1500))
     assert engine.cache.capacity == FIRST_CAPACITY
+    assert not any(t.any() for t in (*engine.cache.k, *engine.cache.v))
     codes = engine.generate(long, 12, SAMPLING, seed=3)
     assert torch.equal(codes, roomy.generate(long, 12, SAMPLING, seed=3))
     assert engine.cache.capacity == 2 * FIRST_CAPACITY
