@@ -1,7 +1,7 @@
 """Frames of several source trees, or of one with several NVRTC options, on one GPU, in turn: what a change brings.
 
-    git worktree add /tmp/before main~1
-    python bench/bench_trees.py before=/tmp/before now=. racecheck=.,-DS1_RACECHECK=1 --context 128 512
+    git worktree add ../before main~1
+    python bench/bench_trees.py before=../before now=. racecheck=.,-DS1_RACECHECK=1 --context 128 512
 
 A case is LABEL=TREE[,OPTION...]; each runs in a process of its own, compiles its tree's kernels by NVRTC and takes the
 GPU's own time of replays, with the whole head and with the rows that can be sampled. Prints and writes JSON.

@@ -40,18 +40,8 @@ def run_frame(bench, monkeypatch, tmp_path):
 
     def run(*arguments):
         path = tmp_path / "out" / "frame.json"
-        command = [
-            "bench_frame.py",
-            "--device",
-            "cpu",
-            "--small",
-            "--skip",
-            "compiled",
-            "default-mode",
-            "--json",
-            str(path),
-            *arguments,
-        ]
+        small = "bench_frame.py --device cpu --small --skip compiled default-mode --json"
+        command = [*small.split(), str(path), *arguments]
         monkeypatch.setattr(sys, "argv", command)
         monkeypatch.setenv("COLUMNS", "200")
         monkeypatch.setattr(frame.Bench, "speak", timed)

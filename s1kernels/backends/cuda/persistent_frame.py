@@ -26,7 +26,8 @@ SHARED_BYTES = 231_424  # sizeof(Shared<T>), rounded up
 MOST_LOGITS = 1280  # of a block
 LEVELS = 8 * 32  # words with the weights of these parts
 SLOTS = 10, 9, 6  # of the weight ring, the longer the past, the fewer
-UNIT_ROWS, UNIT_BYTES, HEAD_UNITS = 8, 16_384, 2  # of a unit of the ring; units of a step of the head
+UNIT_ROWS, HEAD_UNITS = 8, 2  # of a unit of the ring; units of a step of the head
+UNIT_BYTES = UNIT_ROWS * WIDTH * 2
 KEPT_IN_L2 = 0.4  # of its bytes, for weights that come again; what helps most on an H100, with 50 MB
 
 FRAME = Kernel(
