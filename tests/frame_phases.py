@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s1kernels.backends.cuda.persistent_frame import FRAME, LEVELS, PARTS, Kind, Phase, Phases, Source
+from s1kernels.backends.cuda.persistent_frame import FRAME, LEVELS, PARTS, Kind, Phase, Phases
 from s1kernels.model.config import DualARConfig, StackConfig
 from s1kernels.model.weights import Weights
 from s1kernels.ops import references
@@ -57,7 +57,7 @@ class Frame:
             layer, name = layers[phase.layer], f"{name} {phase.layer} {phase.kind.name} {phase.position}"
             match phase.kind:
                 case Kind.QKV | Kind.FAST_QKV:
-                    x = self._begin(phase, x) if phase.source != Source.WORDS else x
+                    x = self._begin(phase, x) if phase.begins else x
                     true = self._normed(x, layer.attention_norm) @ layer.wqkv.double().T
                     if phase.kind == Kind.FAST_QKV:
                         heads = true.to(self.head.dtype).double().unflatten(-1, (-1, stack.head_dim))
@@ -116,7 +116,7 @@ class Frame:
     def _begin(self, phase: Phase, x: Tensor) -> Tensor:
         """What a stack begins with: the frame's embedding, or the last code's, behind the slow stack's result."""
         c, w = self.config, self.weights
-        if phase.source == Source.TOKENS:
+        if phase.kind == Kind.QKV:
             embedded = references.embed_frame(
                 self.tokens[None], w.text_embedding, w.codebook_embedding, c.semantic_begin, c.semantic_end,
                 c.scale_codebook_embeddings,

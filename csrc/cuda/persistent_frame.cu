@@ -42,6 +42,8 @@ struct PersistentFrame : FrameDraws<T> {
       copies_done();
     }
     wait_for_inputs();
+    const int column = threadIdx.x * 4;
+    if (column < kWidth) this->begin_vector(0, column, this->frame_embedding(column));
     sync_workers();
     for (int p = 0; p < a.phase_count; ++p) {
       const Phase& f = s.phases[p % 8];
@@ -59,6 +61,8 @@ struct PersistentFrame : FrameDraws<T> {
           this->attend(f);
           break;
         case kSlowOutput:
+          this->slow_output(f);
+          break;
         case kOutput:
           this->output(f);
           break;

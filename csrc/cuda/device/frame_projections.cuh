@@ -427,11 +427,7 @@ struct FrameProjections {
   template <int kTiles>
   __device__ __forceinline__ void qkv(const Phase& f) {
     const int vectors = now(f.vectors);
-    if (f.source == kTokens) {
-      if (warp() < 8) begin_vector(0, thread * 4, frame_embedding(thread * 4));
-      sync_workers();
-    }
-    project_normed<kTiles>(f, vectors, f.source != kWords);
+    project_normed<kTiles>(f, vectors, f.begins != 0);
     const int vector = warp() / kTiles, row = warp() % kTiles * kTileRows + result_row();
     if (vector >= vectors) return;
     uint32* place = place_of(f, vector, row);

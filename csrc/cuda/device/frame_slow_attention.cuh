@@ -296,10 +296,14 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
     if (part < 2) put_word(to, part == 0 ? pack<T>(y[0], y[1]) : pack<T>(y[2], y[3]));
   }
 
-  // A projection back into the residual stream.
+  // The projection behind slow attention.
+  __device__ __forceinline__ void slow_output(const Phase& f) {
+    if (s.position > kWhole && s.position <= kParted) return output_of_parts(f);
+    output<2>(f);
+  }
+  // Any other back into the residual stream.
   __device__ __forceinline__ void output(const Phase& f) {
     if (f.kept != 0) copies_done();  // copy_kept()'s, which the barrier of this phase shows to all
-    if (f.kind == kSlowOutput && s.position > kWhole && s.position <= kParted) return output_of_parts(f);
     switch (f.slices) {
       case 1:
         return output<1>(f);

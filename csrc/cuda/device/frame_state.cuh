@@ -38,7 +38,6 @@ constexpr int kOwnSums = kWorkers + 4;
 constexpr int kMostLogits = 1280;  // main logits of a block
 
 enum Kind { kQkv, kAttend, kSlowOutput, kOutput, kSwiglu, kFastQkv, kFastOutput, kHead, kFastHead };
-enum Source { kWords, kTokens, kCodes };
 
 struct Phase {
   uint64 weight;       // T [rows, slices * 1024], or 0
@@ -46,7 +45,8 @@ struct Phase {
   uint64 norm_weight;  // T [1024], or 0
   int rows;            // of each matrix
   int share;           // of a block: a multiple of 8, all blocks alike, but for kHead
-  int kind, source;
+  int kind;
+  int begins;   // whether its vectors are those that a stack begins with: Shared::begin, not words
   int in;       // word offset into `words`; so is out
   int vectors;  // 1, or 2 in the fast stack's first pass
   int out;

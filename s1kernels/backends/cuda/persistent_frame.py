@@ -46,10 +46,6 @@ class Kind(IntEnum):
     QKV, ATTEND, SLOW_OUTPUT, OUTPUT, SWIGLU, FAST_QKV, FAST_OUTPUT, HEAD, FAST_HEAD = range(9)
 
 
-class Source(IntEnum):
-    WORDS, TOKENS, CODES = range(3)
-
-
 @dataclass(frozen=True)
 class Phase:
     """`Phase` of the kernel: what all blocks do between two exchanges."""
@@ -61,7 +57,7 @@ class Phase:
     rows: int = 0
     share: int = 0
     slices: int = 1
-    source: Source = Source.WORDS
+    begins: bool = False
     given: int = 0
     out: int = 0
     vectors: int = 1
@@ -81,7 +77,7 @@ class Phase:
         """The struct's bytes, when that many units come before in a ring of so many, and L2 keeps a share of them."""
         turn, slot = divmod(first_unit, slots)
         return struct.pack(
-            "<3Q13if2i", self.weight, self.second, self.norm_weight, self.rows, self.share, self.kind, self.source,
+            "<3Q13if2i", self.weight, self.second, self.norm_weight, self.rows, self.share, self.kind, self.begins,
             self.given, self.vectors, self.out, self.slices, self.layer, self.position, self.units, self.past,
             self.kept, kept_share, slot, turn % 2,
         )  # fmt: skip
@@ -120,11 +116,11 @@ class Phases:
     def __init__(self, config: DualARConfig, weights: Weights, head: Tensor) -> None:
         self.config, self.list, self.words = config, [], 0
         self.fast_qkv = [self._room(config.codebooks * config.fast.qkv_rows // 2) for _ in weights.fast]
-        x = self._stack(config.slow, weights.slow, source=Source.TOKENS)
+        x = self._stack(config.slow, weights.slow)
         self.list.append(self._matrix(Kind.HEAD, head, weights.norm, given=x))
         for i in range(1, config.codebooks):
             pair = i == 1  # positions 0 and 1 need no draw between them
-            x = self._stack(config.fast, weights.fast, Source.CODES, 2 if pair else 1, position=0 if pair else i)
+            x = self._stack(config.fast, weights.fast, 2 if pair else 1, position=0 if pair else i)
             fast_head = weights.fast_head[:1024]
             given = x + (WIDTH // 2 if pair else 0)
             self.list.append(
@@ -151,9 +147,7 @@ class Phases:
         share = KEPT_IN_L2 * cache_bytes / (BLOCKS * UNIT_BYTES * sum(again.values()))
         return [0.0] * slow + [min(share, 1.0)] * (len(self.list) - slow)
 
-    def _stack(
-        self, stack: StackConfig, layers: list[LayerWeights], source: Source, vectors: int = 1, position: int = 0
-    ) -> int:
+    def _stack(self, stack: StackConfig, layers: list[LayerWeights], vectors: int = 1, position: int = 0) -> int:
         """Adds a stack's phases; returns where its result is."""
         slow, x = stack is self.config.slow, 0
         half = vectors * WIDTH // 2
@@ -164,8 +158,8 @@ class Phases:
             else:  # every position's stays, for those that come
                 last = i + 1 == len(layers)
                 qkv, kept = self.fast_qkv[i] + position * stack.qkv_rows // 2, position + (vectors if last else 0)
-            kind, begins = Kind.QKV if slow else Kind.FAST_QKV, source if i == 0 else Source.WORDS
-            self.list.append(self._matrix(kind, w.wqkv, w.attention_norm, given=x, out=qkv, source=begins, **common))
+            kind = Kind.QKV if slow else Kind.FAST_QKV
+            self.list.append(self._matrix(kind, w.wqkv, w.attention_norm, given=x, out=qkv, begins=i == 0, **common))
             if slow:
                 results = PARTS * stack.heads * stack.head_dim // 2
                 attended, out = self._room(results + LEVELS), self._room(half)
@@ -184,7 +178,7 @@ class Phases:
 
     def _matrix(
         self, kind: Kind, weight: Tensor, norm_weight: Tensor | None, *, given: int, out: int = 0,
-        second: Tensor | None = None, source: Source = Source.WORDS, vectors: int = 1, layer: int = 0,
+        second: Tensor | None = None, begins: bool = False, vectors: int = 1, layer: int = 0,
         position: int = 0, past: int = 0, kept: int = 0,
     ) -> Phase:  # fmt: skip
         rows, columns = weight.shape
@@ -192,7 +186,7 @@ class Phases:
             0 if t is None else t.data_ptr() for t in (weight, second, norm_weight)
         )
         return Phase(
-            kind, address, second_address, norm_address, rows, -(-rows // BLOCKS), columns // WIDTH, source, given, out,
+            kind, address, second_address, norm_address, rows, -(-rows // BLOCKS), columns // WIDTH, begins, given, out,
             vectors, layer, position, past, kept,
         )  # fmt: skip
 
