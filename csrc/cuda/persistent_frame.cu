@@ -82,11 +82,14 @@ struct PersistentFrame : FrameDraws<T> {
           this->fast_head(f);
       }
     }
-    if (blockIdx.x != 0) return;
+    if (this->block() != 0) return;
     sync_workers();
     if (a.times && threadIdx.x == 0) a.times[a.phase_count] = nanoseconds();
     if (threadIdx.x <= a.codebooks && *static_cast<volatile int*>(a.abandoned) != 0) a.out[threadIdx.x] = -2;
-    if (threadIdx.x == 0) *a.turn += 1;
+    if (threadIdx.x == 0) {
+      *a.turn += 1;
+      a.tickets[0] = a.tickets[1] = 0;
+    }
   }
 };
 
@@ -115,6 +118,7 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
   static_assert(sizeof(Phase) == 88, "as the host writes it");
   Shared<T>& s = *reinterpret_cast<Shared<T>*>(shared);
   if (threadIdx.x == 0) {
+    number_block(a.sides, a.tickets);
     for (int i = 0; i < kSlots; ++i) {
       barrier_init(s.full + i, 1);
       barrier_init(s.empty + i, kWorkers * kSayers);
@@ -140,6 +144,7 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
 #endif
 }
 
+S1_KERNEL_HALVES(measure_halves, HalvesArgs, 32, 1, measure_halves)
 S1_KERNEL_HALVES(prepare_frame, PrepareFrameArgs, 256, 1, prepare_frame)
 S1_KERNEL_HALVES(persistent_frame, PersistentFrameArgs, 544, 1, persistent_frame)
 

@@ -16,6 +16,7 @@ namespace ptx {
 
 inline unsigned reg_tid_x() { return threadIdx.x; }
 inline unsigned reg_ctaid_x() { return blockIdx.x; }
+inline unsigned reg_smid() { return blockIdx.x; }
 inline unsigned reg_nctaid_x() { return gridDim.x; }
 inline unsigned reg_laneid() { return (unsigned)lane(); }
 inline unsigned long long reg_globaltimer() {

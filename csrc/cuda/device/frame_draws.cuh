@@ -107,7 +107,7 @@ struct FrameDraws : FrameFastAttention<T> {
       const int token = draw_token(start), code = code_of(main ? max(token, 0) - a.semantic_begin : token);
       if (code != start.code) start = start_with(code);
       this->begin_vector(main ? 1 : 0, thread * 4, start.x);
-      if (thread == 0 && blockIdx.x == 0) {
+      if (thread == 0 && this->block() == 0) {
         a.out[main ? 0 : f.position] = token;
         if (main) a.out[1] = start.code;
       }

@@ -26,19 +26,23 @@ struct FrameProjections {
   int thread;  // threadIdx.x
 
   // The first kCopyLanes lanes of the warp that streams the weights. They go in step, a unit each, so that none is a
-  // turn of the ring ahead of another.
+  // turn of the ring ahead of another. Where a unit's chunks lie is asked for a step ahead.
   static __device__ void stream(const PersistentFrameArgs& a, Shared<T>& s) {
     const int lane = lane_id();
     const Phase* phases = phase_list(a, s);
     const int slots = s.ring_slots;
+    const auto second_of = [&](int unit) -> uint32 { return a.second[unit * kPairs + block() / 2]; };
     Phase next = phases[0];
+    uint32 coming = second_of(next.unit + lane);
     for (int p = 0; p < a.phase_count; ++p) {
       const Phase f = next;
-      const int under_way = f.kind == kHead ? kUnderWayHead : slots == kSlotsFarther ? kUnderWayFarther : kUnderWay;
+      const int under_way = f.kind == kHead ? kUnderWayHead : kUnderWay;
       if (p + 1 < a.phase_count) next = phases[p + 1];
       const uint64 policy = f.kept_share > 0.0f ? keep_share(f.kept_share) : pass_through();
       RingCursor at = RingCursor{f.slot, f.parity, slots}.ahead(lane);
       for (int u = lane; u - lane < f.units; u += kCopyLanes) {
+        const uint32 second = coming;
+        coming = second_of(u + kCopyLanes < f.units ? f.unit + u + kCopyLanes : next.unit + lane);
         if (u < f.units) {
           barrier_wait(s.empty + at.slot, at.parity ^ 1);
           if (p > 0 || u >= under_way) {
@@ -46,7 +50,7 @@ struct FrameProjections {
             before.retreat(under_way);
             barrier_wait(s.full + before.slot, before.parity);
           }
-          copy_unit(s, f, u, at.slot, policy);
+          copy_unit(s, f, u, second, at.slot, policy);
         }
         at.advance(kCopyLanes);
         __syncwarp((1u << kCopyLanes) - 1);
@@ -54,16 +58,21 @@ struct FrameProjections {
     }
   }
 
-  // The rows of a block lie side by side. kSwiglu takes tiles of w1 and w3 by turns.
-  static __device__ __forceinline__ void copy_unit(Shared<T>& s, const Phase& f, int u, int slot, uint64 policy) {
-    const int row_bytes = f.slices * kRowBytes, at = (f.second ? u / 2 : u) * kUnitBytes;
-    const int bytes = max(0, min(kUnitBytes, rows_here(f) * row_bytes - at)), first = min(bytes, kPieceBytes);
-    const uint64 from = (f.second && u % 2 ? f.second : f.weight) + static_cast<int64>(first_row(f)) * row_bytes + at;
+  // A unit's chunks that are near, each from a pair. `second` says of each pair which is the even block's.
+  static __device__ __forceinline__ void copy_unit(Shared<T>& s, const Phase& f, int u, uint32 second, int slot,
+                                                   uint64 policy) {
+    const int left = f.chunks - u * kUnitChunks;
+    const uint32 near = block() % 2 ? ~second : second;
+    const uint64 pairs =
+        f.weight + (static_cast<int64>(block() / 2) * ceil_div(f.chunks, kUnitChunks) + u) * (2 * kUnitBytes);
     unsigned char* to = s.ring + slot * kSlotBytes;
-    barrier_expect(s.full + slot, bytes);
-    if (bytes > 0) bulk_copy(to, reinterpret_cast<const void*>(from), first, s.full + slot, policy);
-    if (bytes > first)
-      bulk_copy(to + kPiecePitch, reinterpret_cast<const void*>(from + first), bytes - first, s.full + slot, policy);
+    barrier_expect(s.full + slot, max(0, min(left, kUnitChunks)) * kChunkBytes);
+#pragma unroll
+    for (int i = 0; i < kUnitChunks; ++i)
+      if (i < left)
+        bulk_copy(to + i / 2 * kPiecePitch + i % 2 * kChunkBytes,
+                  reinterpret_cast<const void*>(pairs + (2 * i + (near >> i & 1)) * kChunkBytes), kChunkBytes,
+                  s.full + slot, policy);
   }
 
   // The phases for the ring that is in use.
@@ -77,12 +86,7 @@ struct FrameProjections {
   // Before a phase or a step of it. The compiler must not know that `thread` stays the same: it would keep all that
   // follows from it, in registers that there are not.
   __device__ __forceinline__ void forget_thread() { asm volatile("" : "+r"(thread)); }
-  // blockIdx.x, for the same reason.
-  static __device__ __forceinline__ int block() {
-    int block;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-    return block;
-  }
+  static __device__ __forceinline__ int block() { return own_block(); }
 
   // x, which the compiler is to work out here and not after the wait for words, where it would first be of use.
   static __device__ __forceinline__ int now(int x) {
@@ -326,7 +330,7 @@ struct FrameProjections {
     uint32* to = s.begin[vector] + operand_order(column / 2);
     to[0] = x.x;
     to[16] = x.y;
-    const int own = column - static_cast<int>(blockIdx.x) * kOwnRows;
+    const int own = column - block() * kOwnRows;
     if (own < 0 || own >= kOwnRows) return;
     const float2 v = unpack<T>(x.x), w = unpack<T>(x.y);
     *reinterpret_cast<float4*>(s.own[vector] + own) = {v.x, v.y, w.x, w.y};

@@ -6,7 +6,7 @@
 // complete on an mbarrier.
 #pragma once
 
-#include "vec.cuh"
+#include "l2_halves.cuh"
 
 namespace s1 {
 
@@ -14,6 +14,7 @@ constexpr int kRowBytes = 1024 * 2;
 constexpr int kPieceRows = 4;
 constexpr int kPieceBytes = kPieceRows * kRowBytes, kPiecePitch = kPieceBytes + 64;
 constexpr int kUnitBytes = 2 * kPieceBytes, kSlotBytes = 2 * kPiecePitch;
+constexpr int kUnitChunks = kUnitBytes / kChunkBytes;
 
 __device__ __forceinline__ uint32 shared_address(const void* p) {
   return static_cast<uint32>(__cvta_generic_to_shared(p));

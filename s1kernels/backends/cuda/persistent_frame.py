@@ -17,24 +17,33 @@ from torch import Tensor
 from s1kernels.backends.cuda import driver
 from s1kernels.backends.cuda.device import index_of, l2_bytes
 from s1kernels.backends.cuda.launch import Kernel, Launch, capability, multiprocessors
+from s1kernels.backends.cuda.packed_weights import (
+    BLOCKS,
+    UNIT_BYTES,
+    WIDTH,
+    Matrices,
+    PackedWeights,
+    chunks_of,
+    share_of,
+    units_of,
+)
 from s1kernels.backends.cuda.support import HALVES
 from s1kernels.model.config import DualARConfig, StackConfig
 from s1kernels.model.weights import LayerWeights, Weights
 
-BLOCKS, WIDTH, SPLITS, PARTS, PASSES = 128, 1024, 16, 4, 96
+PARTS, PASSES = 4, 96
 SHARED_BYTES = 231_424  # sizeof(Shared<T>), rounded up
 MOST_LOGITS = 1280  # of a block
 LEVELS = 8 * 32  # words with the weights of these parts
 SLOTS = 10, 9, 6  # of the weight ring, the longer the past, the fewer
-UNIT_ROWS, HEAD_UNITS = 8, 2  # of a unit of the ring; units of a step of the head
-UNIT_BYTES = UNIT_ROWS * WIDTH * 2
-KEPT_IN_L2 = 0.4  # of its bytes, for weights that come again; what helps most on an H100, with 50 MB
+HEAD_UNITS = 2  # units of a step of the head
+KEPT_IN_L2 = 0.5  # of its bytes, for weights that come again; what helps most on an H100, with 50 MB
 
 FRAME = Kernel(
     "persistent_frame", "persistent_frame", block=544,
     pointers="phases words passes parts abandoned turn tokens position text_embedding codebook_embedding "
     "fast_embedding caches norms cos_sin fast_cos_sin ids logit_bias window temperature top_p repetition_penalty top_k "
-    "rng main_logits fast_logits out times",
+    "rng main_logits fast_logits out times sides second tickets",
     ints="phase_count slow_layers codebooks codebook_size text_rows semantic_begin semantic_end capacity "
     "fast_rows width main_threads fast_threads fast_offset fast_step",
     floats="scale eps",
@@ -46,17 +55,13 @@ class Kind(IntEnum):
     QKV, ATTEND, SLOW_OUTPUT, OUTPUT, SWIGLU, FAST_QKV, FAST_OUTPUT, HEAD, FAST_HEAD = range(9)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Phase:
     """`Phase` of the kernel: what all blocks do between two exchanges."""
 
     kind: Kind
-    weight: int = 0
-    second: int = 0
-    norm_weight: int = 0
-    rows: int = 0
-    share: int = 0
-    slices: int = 1
+    weights: Matrices = ()
+    norm_weight: Tensor | None = None
     begins: bool = False
     given: int = 0
     out: int = 0
@@ -69,17 +74,22 @@ class Phase:
     @property
     def units(self) -> int:
         """Of the weight ring, for each block."""
-        matrices = (self.weight != 0) + (self.second != 0)
-        units = -(-self.share * self.slices * matrices // UNIT_ROWS)
+        units = units_of(self.weights) if self.weights else 0
         return -(-units // HEAD_UNITS) * HEAD_UNITS if self.kind == Kind.HEAD else units
 
-    def packed(self, first_unit: int, slots: int, kept_share: float) -> bytes:
-        """The struct's bytes, when that many units come before in a ring of so many, and L2 keeps a share of them."""
-        turn, slot = divmod(first_unit, slots)
+    def packed(self, place: tuple[int, int], before: int, slots: int, kept_share: float) -> bytes:
+        """The struct's bytes, with the weights at a PackedWeights.place, when so many units come before in a ring of so
+        many slots, and L2 keeps a share of them."""
+        (address, unit), (turn, slot) = place, divmod(before, slots)
+        norm_address = 0 if self.norm_weight is None else self.norm_weight.data_ptr()
+        rows = share = chunks = slices = 0
+        if self.weights:
+            (rows, columns), share, chunks = self.weights[0].shape, share_of(self.weights), chunks_of(self.weights)
+            slices = columns // WIDTH
         return struct.pack(
-            "<3Q13if2i", self.weight, self.second, self.norm_weight, self.rows, self.share, self.kind, self.begins,
-            self.given, self.vectors, self.out, self.slices, self.layer, self.position, self.units, self.past,
-            self.kept, kept_share, slot, turn % 2,
+            "<2Q15if2i", address, norm_address, rows, share, self.kind, self.begins, self.given, self.vectors, self.out,
+            slices, self.layer, self.position, self.units, chunks, unit, self.past, self.kept, kept_share, slot,
+            turn % 2,
         )  # fmt: skip
 
 
@@ -117,33 +127,38 @@ class Phases:
         self.config, self.list, self.words = config, [], 0
         self.fast_qkv = [self._room(config.codebooks * config.fast.qkv_rows // 2) for _ in weights.fast]
         x = self._stack(config.slow, weights.slow)
-        self.list.append(self._matrix(Kind.HEAD, head, weights.norm, given=x))
+        self.list.append(Phase(Kind.HEAD, (head,), weights.norm, given=x))
         for i in range(1, config.codebooks):
             pair = i == 1  # positions 0 and 1 need no draw between them
             x = self._stack(config.fast, weights.fast, 2 if pair else 1, position=0 if pair else i)
             fast_head = weights.fast_head[:1024]
             given = x + (WIDTH // 2 if pair else 0)
             self.list.append(
-                self._matrix(
-                    Kind.FAST_HEAD, fast_head, weights.fast_norm, given=given, out=self._room(1024), position=i + 1
+                Phase(
+                    Kind.FAST_HEAD, (fast_head,), weights.fast_norm, given=given, out=self._room(1024), position=i + 1
                 )
             )
 
-    def packed(self, device: torch.device) -> Tensor:
+    def pack(self) -> PackedWeights:
+        """What the phases multiply with, as the kernel streams it."""
+        return PackedWeights([phase.weights for phase in self.list if phase.weights])
+
+    def packed(self, weights: PackedWeights) -> Tensor:
         """For every ring."""
-        units = list(accumulate((phase.units for phase in self.list), initial=0))
-        shares = self.kept_shares(l2_bytes(device))
+        device, places = weights.memory.device, []
+        for phase in reversed(self.list):  # a phase without weights has the number of the next one's first unit
+            places.append(weights.place(phase.weights) if phase.weights else (0, places[-1][1]))
+        units = accumulate((phase.units for phase in self.list), initial=0)
+        each = list(zip(self.list, reversed(places), units, self.kept_shares(l2_bytes(device)), strict=False))
         data = b"".join(
-            phase.packed(first, slots, share)
-            for slots in SLOTS
-            for phase, first, share in zip(self.list, units, shares, strict=False)
+            phase.packed(place, before, slots, share) for slots in SLOTS for phase, place, before, share in each
         )
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
 
     def kept_shares(self, cache_bytes: int) -> list[float]:
         """The share of every phase's weights that L2 is to keep: of the fast stack's, which come again."""
         slow = [phase.kind for phase in self.list].index(Kind.HEAD) + 1
-        again = {phase.weight: phase.units for phase in self.list[slow:]}
+        again = {phase.weights[0].data_ptr(): phase.units for phase in self.list[slow:]}
         share = KEPT_IN_L2 * cache_bytes / (BLOCKS * UNIT_BYTES * sum(again.values()))
         return [0.0] * slow + [min(share, 1.0)] * (len(self.list) - slow)
 
@@ -159,36 +174,20 @@ class Phases:
                 last = i + 1 == len(layers)
                 qkv, kept = self.fast_qkv[i] + position * stack.qkv_rows // 2, position + (vectors if last else 0)
             kind = Kind.QKV if slow else Kind.FAST_QKV
-            self.list.append(self._matrix(kind, w.wqkv, w.attention_norm, given=x, out=qkv, begins=i == 0, **common))
+            self.list.append(Phase(kind, (w.wqkv,), w.attention_norm, given=x, out=qkv, begins=i == 0, **common))
             if slow:
                 results = PARTS * stack.heads * stack.head_dim // 2
                 attended, out = self._room(results + LEVELS), self._room(half)
                 self.list.append(Phase(Kind.ATTEND, given=qkv, out=attended, layer=i))
-                self.list.append(self._matrix(Kind.SLOW_OUTPUT, w.wo, None, given=attended, out=out, **common))
+                self.list.append(Phase(Kind.SLOW_OUTPUT, (w.wo,), given=attended, out=out, **common))
             else:
                 out = self._room(half)
                 past = self.fast_qkv[(i + 1) % len(layers)]
-                self.list.append(
-                    self._matrix(Kind.FAST_OUTPUT, w.wo, None, given=qkv, out=out, past=past, kept=kept, **common)
-                )
+                self.list.append(Phase(Kind.FAST_OUTPUT, (w.wo,), given=qkv, out=out, past=past, kept=kept, **common))
             gated, x = self._room(vectors * stack.intermediate // 2), self._room(half)
-            self.list.append(self._matrix(Kind.SWIGLU, w.w1, w.ffn_norm, second=w.w3, given=out, out=gated, **common))
-            self.list.append(self._matrix(Kind.OUTPUT, w.w2, None, given=gated, out=x, kept=kept, **common))
+            self.list.append(Phase(Kind.SWIGLU, (w.w1, w.w3), w.ffn_norm, given=out, out=gated, **common))
+            self.list.append(Phase(Kind.OUTPUT, (w.w2,), given=gated, out=x, kept=kept, **common))
         return x
-
-    def _matrix(
-        self, kind: Kind, weight: Tensor, norm_weight: Tensor | None, *, given: int, out: int = 0,
-        second: Tensor | None = None, begins: bool = False, vectors: int = 1, layer: int = 0,
-        position: int = 0, past: int = 0, kept: int = 0,
-    ) -> Phase:  # fmt: skip
-        rows, columns = weight.shape
-        address, second_address, norm_address = (
-            0 if t is None else t.data_ptr() for t in (weight, second, norm_weight)
-        )
-        return Phase(
-            kind, address, second_address, norm_address, rows, -(-rows // BLOCKS), columns // WIDTH, begins, given, out,
-            vectors, layer, position, past, kept,
-        )  # fmt: skip
 
     def _room(self, words: int) -> int:
         start, self.words = self.words, self.words + -(-words // 4) * 4
@@ -196,18 +195,18 @@ class Phases:
 
 
 def launches(
-    config: DualARConfig, weights: Weights, head: Tensor, *, tokens: Tensor, position: Tensor, k_caches: list[Tensor],
-    v_caches: list[Tensor], window: Tensor, ids: Tensor | None,
+    config: DualARConfig, weights: Weights, head: Tensor, packed: PackedWeights, *, tokens: Tensor, position: Tensor,
+    k_caches: list[Tensor], v_caches: list[Tensor], window: Tensor, ids: Tensor | None,
     logit_bias: Tensor | None, scalars: dict[str, Tensor], rng: Tensor,
     main_threads: int, fast_threads: int, fast_offset: int, fast_step: int, main_logits: Tensor, fast_logits: Tensor,
     out: Tensor, times: Tensor | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """One frame, in two launches: forget the last one's words, and go."""
+    """One frame, in two launches: forget the last one's words, and go. `packed` is Phases.pack()'s."""
     device = head.device
     phases = Phases(config, weights, head)
     exchanged = torch.empty(phases.words + PASSES * BLOCKS * 8, dtype=torch.int32, device=device)
     parts = torch.zeros(BLOCKS * 16 * 36, dtype=torch.int32, device=device)
-    state = torch.zeros(2, dtype=torch.int32, device=device)
+    state = torch.zeros(4, dtype=torch.int32, device=device)
 
     def addresses(tensors: list[tuple[Tensor | None, Tensor | None]]) -> Tensor:
         flat = [0 if t is None else t.data_ptr() for pair in tensors for t in pair]
@@ -218,8 +217,8 @@ def launches(
     )
     frame = FRAME.bind(
         head.dtype, device, grid=BLOCKS, shared=SHARED_BYTES, pdl=True, cooperative=True,
-        phases=phases.packed(device), words=exchanged, passes=exchanged[phases.words :], parts=parts,
-        abandoned=state[:1], turn=state[1:], tokens=tokens, position=position, text_embedding=weights.text_embedding,
+        phases=phases.packed(packed), words=exchanged, passes=exchanged[phases.words :], parts=parts,
+        abandoned=state[:1], turn=state[1:2], tickets=state[2:], sides=packed.sides, second=packed.second, tokens=tokens, position=position, text_embedding=weights.text_embedding,
         codebook_embedding=weights.codebook_embedding, fast_embedding=weights.fast_embedding,
         caches=addresses(list(zip(k_caches, v_caches, strict=True))),
         norms=addresses([(w.q_norm, w.k_norm) for w in weights.slow]), cos_sin=weights.cos_sin,
