@@ -112,14 +112,13 @@ def _check_module(name: str, module: nn.Module) -> None:
 
 
 def storage(model: Any) -> Iterator[Any]:
-    """What an engine relies on: where every parameter lies, and how often the head was written."""
+    """What an engine relies on: where every parameter lies, and how often it was written, since copies are made."""
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 yield parameter.data_ptr()
                 yield parameter.dtype
-    head = model.output if hasattr(model, "output") else model.embeddings
-    yield None if head.weight.is_inference() else head.weight._version
+                yield None if parameter.is_inference() else parameter._version
 
 
 class UpstreamCache(KVCache):

@@ -6,7 +6,7 @@ from cuda_models import HALVES, LIMIT, SAMPLED, build, needs_gpu, prompt, withou
 from frame_phases import Frame
 
 from s1kernels import Engine
-from s1kernels.backends.cuda import driver
+from s1kernels.backends.cuda import driver, l2_halves
 from s1kernels.ops import references
 from s1kernels.testing import rel_error
 
@@ -101,6 +101,28 @@ def test_it_draws_what_its_logits_say(name, dtype):
             wrong += int(token) != codes[0 if i == 0 else i + 1]
         assert codes[1] == min(max(codes[0] - config.semantic_begin, 0), config.codebook_size - 1)
     assert wrong <= 1  # a draw within float32 rounding of another
+
+
+@pytest.mark.parametrize("constrained", [False, True], ids=["all", "constrained"])
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_weights_change_no_bit(name, constrained):
+    runs = []
+    for packed in (False, True):
+        one = engine(name, HALVES[0], constrained=constrained, packed=packed)
+        runs.append(one.generate(prompt(name, 700, "cuda"), 200, SAMPLED, seed=5))
+        assert (one.decoder.frame.packed is not None) == packed
+    assert runs[0].shape[1] == 200 and torch.equal(*runs)
+
+
+def test_halves_of_l2_are_found():
+    """An H100's and an H200's: half of the multiprocessors and of the memory at each, the same whenever it is asked."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("of this GPU it is not known whether its L2 has halves")
+    memory = torch.zeros(64 << 20, dtype=torch.uint8, device="cuda")
+    one, other = (l2_halves.measure(memory, HALVES[0]) for _ in range(2))
+    sides = one.sides[: torch.cuda.get_device_properties(0).multi_processor_count].float()
+    assert 0.4 < sides.mean() < 0.6 and 0.4 < one.second.float().mean() < 0.6
+    assert torch.equal(one.sides, other.sides) and (one.second == other.second).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("name", NAMES)

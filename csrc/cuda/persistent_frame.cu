@@ -115,10 +115,10 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
 #if S1_ARCH == 0 || (S1_ARCH >= 900 && S1_ARCH < 1200)
   extern __shared__ __align__(128) unsigned char shared[];
   static_assert(sizeof(Shared<T>) <= 231424, "what the host asks for");
-  static_assert(sizeof(Phase) == 88, "as the host writes it");
+  static_assert(sizeof(Phase) == 96, "as the host writes it");
   Shared<T>& s = *reinterpret_cast<Shared<T>*>(shared);
   if (threadIdx.x == 0) {
-    number_block(a.sides, a.tickets);
+    number_block(a);
     for (int i = 0; i < kSlots; ++i) {
       barrier_init(s.full + i, 1);
       barrier_init(s.empty + i, kWorkers * kSayers);

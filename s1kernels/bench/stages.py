@@ -145,16 +145,15 @@ def persistent(engine: Engine, frame: Tensor, position: int, ceiling: float, cou
     config, weights, rows, device = engine.config, engine.weights, engine.active_rows, frame.device
     if reason := persistent_frame.refusal(config, weights, rows.head, config.fast_rows):
         raise Refused(f"the persistent kernel does not serve here: {reason}")
-    described = persistent_frame.Phases(config, weights, rows.head)
-    phases = described.list
+    phases = persistent_frame.Phases(config, weights, rows.head).list
     floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
     ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
     times = torch.zeros(len(phases) + 1, dtype=torch.int64, device=device)
     scalars = {k: torch.tensor(getattr(SAMPLING, k), **floats) for k in ("temperature", "top_p", "repetition_penalty")}
     engine.cache.reserve(position + 1)
     launches = persistent_frame.launches(
-        config, weights, rows.head, described.pack(), tokens=frame.T.contiguous(), position=torch.tensor([position], **ints),
-        k_caches=engine.cache.k, v_caches=engine.cache.v,
+        config, weights, rows.head, None, tokens=frame.T.contiguous(),
+        position=torch.tensor([position], **ints), k_caches=engine.cache.k, v_caches=engine.cache.v,
         window=torch.full((config.codebooks + 1, WINDOW[config.line]), -1, **ints), ids=rows.ids, logit_bias=rows.bias,
         scalars=scalars | {"top_k": torch.tensor(SAMPLING.top_k, **ints)},
         rng=torch.tensor([7, 0], dtype=torch.int64, device=device),

@@ -73,7 +73,7 @@ class Speech:
             device: None is a GPU if torch finds one, else the CPU.
             dtype: of model and codec; None keeps the files'.
             progress: called with (bytes done, bytes in all) of the model.
-            options: `backend`, `graph`, `persistent` and `constrained`, as for `Engine`.
+            options: `backend`, `graph`, `persistent`, `packed` and `constrained`, as for `Engine`.
         Raises:
             FileNotFoundError: a file is missing. ValueError, TypeError: one is damaged, or they do not fit together.
             RuntimeError: the device cannot be used. ModuleNotFoundError: a package is missing.

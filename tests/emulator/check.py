@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--intermediate", type=int, default=3072)
     parser.add_argument("--constrained", action="store_true", help="sample rows named by ids")
     parser.add_argument("--text", action="store_true", help="begin with a token of text")
+    parser.add_argument("--packed", action="store_true", help="weights in halves of L2")
     parser.add_argument("--racecheck", action="store_true", help="compile with S1_RACECHECK")
     parser.add_argument("--sources", type=Path, default=SOURCES, help="csrc/cuda, or a changed copy")
     given = parser.parse_args()
@@ -42,7 +43,7 @@ def main() -> int:
             for seed in given.seed:
                 begun = time.perf_counter()
                 try:
-                    frame = run_frame(model, library, position, text=given.text, seed=seed)
+                    frame = run_frame(model, library, position, text=given.text, seed=seed, packed=given.packed)
                 except LaunchFailed as error:
                     sys.exit(f"position {position}, seed {seed}: {error}")
                 results.append(frame)

@@ -191,10 +191,18 @@ def halves(seed: int) -> Callable[[Tensor, torch.dtype], l2_halves.Halves]:
 
 
 def run_frame(
-    model: Model, library: Library, position: int, *, text: bool = False, seed: int = 0, times: int = 1
+    model: Model,
+    library: Library,
+    position: int,
+    *,
+    text: bool = False,
+    seed: int = 0,
+    times: int = 1,
+    packed: bool = False,
 ) -> Frame:
     """Runs the kernel at a position, from random tokens (or a token of text) and a random window. Caches past the
-    position and the outputs begin as NaN. The same frame so many times: the kernel keeps state from call to call."""
+    position and the outputs begin as NaN. The same frame so many times: the kernel keeps state from call to
+    call. `packed`: weights in halves of L2."""
     config, head = model.config, model.rows.head
     g = torch.Generator().manual_seed(position)
     begin, end, layers = config.semantic_begin, config.semantic_end + 1, config.slow.layers
@@ -214,10 +222,10 @@ def run_frame(
         **{**vars(model.weights), **{n: aligned(getattr(model.weights, n)) for n in ("cos_sin", "fast_cos_sin")}}
     )
     with mock.patch.object(l2_halves, "measure", halves(seed)):
-        packed = persistent_frame.Phases(config, weights, head).pack()
+        copy = persistent_frame.Phases(config, weights, head).pack() if packed else None
     with library.bound(seed), mock.patch.object(persistent_frame, "l2_bytes", lambda device: 50 << 20):
         launches = persistent_frame.launches(
-            config, weights, head, packed, k_caches=caches[:layers], v_caches=caches[layers:], ids=model.rows.ids,
+            config, weights, head, copy, k_caches=caches[:layers], v_caches=caches[layers:], ids=model.rows.ids,
             logit_bias=model.rows.bias, scalars=SCALARS, **model.draws.offsets, **given,
         )  # fmt: skip
         for one in launches * times:

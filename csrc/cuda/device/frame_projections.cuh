@@ -31,18 +31,21 @@ struct FrameProjections {
     const int lane = lane_id();
     const Phase* phases = phase_list(a, s);
     const int slots = s.ring_slots;
-    const auto second_of = [&](int unit) -> uint32 { return a.second[unit * kPairs + block() / 2]; };
+    const auto near_of = [&](int unit) -> uint32 { return a.near ? a.near[unit * kPairs + block() / 2] : 0; };
     Phase next = phases[0];
-    uint32 coming = second_of(next.unit + lane);
+    uint32 coming = near_of(next.unit + lane);
     for (int p = 0; p < a.phase_count; ++p) {
       const Phase f = next;
-      const int under_way = f.kind == kHead ? kUnderWayHead : kUnderWay;
+      const int under_way = f.kind == kHead          ? kUnderWayHead
+                            : a.near                 ? kUnderWayNear
+                            : slots == kSlotsFarther ? kUnderWayFarther
+                                                     : kUnderWay;
       if (p + 1 < a.phase_count) next = phases[p + 1];
       const uint64 policy = f.kept_share > 0.0f ? keep_share(f.kept_share) : pass_through();
       RingCursor at = RingCursor{f.slot, f.parity, slots}.ahead(lane);
       for (int u = lane; u - lane < f.units; u += kCopyLanes) {
-        const uint32 second = coming;
-        coming = second_of(u + kCopyLanes < f.units ? f.unit + u + kCopyLanes : next.unit + lane);
+        const uint32 near = coming;
+        coming = near_of(u + kCopyLanes < f.units ? f.unit + u + kCopyLanes : next.unit + lane);
         if (u < f.units) {
           barrier_wait(s.empty + at.slot, at.parity ^ 1);
           if (p > 0 || u >= under_way) {
@@ -50,7 +53,7 @@ struct FrameProjections {
             before.retreat(under_way);
             barrier_wait(s.full + before.slot, before.parity);
           }
-          copy_unit(s, f, u, second, at.slot, policy);
+          a.near ? copy_near(s, f, u, near, at.slot, policy) : copy_unit(s, f, u, at.slot, policy);
         }
         at.advance(kCopyLanes);
         __syncwarp((1u << kCopyLanes) - 1);
@@ -58,13 +61,24 @@ struct FrameProjections {
     }
   }
 
-  // A unit's chunks that are near, each from a pair. `second` says of each pair which is the even block's.
-  static __device__ __forceinline__ void copy_unit(Shared<T>& s, const Phase& f, int u, uint32 second, int slot,
+  // The rows of a block lie side by side. kSwiglu takes tiles of w1 and w3 by turns.
+  static __device__ __forceinline__ void copy_unit(Shared<T>& s, const Phase& f, int u, int slot, uint64 policy) {
+    const int row_bytes = f.slices * kRowBytes, at = (f.second ? u / 2 : u) * kUnitBytes;
+    const int bytes = max(0, min(kUnitBytes, rows_here(f) * row_bytes - at)), first = min(bytes, kPieceBytes);
+    const uint64 from = (f.second && u % 2 ? f.second : f.weight) + static_cast<int64>(first_row(f)) * row_bytes + at;
+    unsigned char* to = s.ring + slot * kSlotBytes;
+    barrier_expect(s.full + slot, bytes);
+    if (bytes > 0) bulk_copy(to, reinterpret_cast<const void*>(from), first, s.full + slot, policy);
+    if (bytes > first)
+      bulk_copy(to + kPiecePitch, reinterpret_cast<const void*>(from + first), bytes - first, s.full + slot, policy);
+  }
+  // The chunks of a packed unit that are near, each of a pair. `near` says of each pair which is the even block's.
+  static __device__ __forceinline__ void copy_near(Shared<T>& s, const Phase& f, int u, uint32 near, int slot,
                                                    uint64 policy) {
     const int left = f.chunks - u * kUnitChunks;
-    const uint32 near = block() % 2 ? ~second : second;
-    const uint64 pairs =
-        f.weight + (static_cast<int64>(block() / 2) * ceil_div(f.chunks, kUnitChunks) + u) * (2 * kUnitBytes);
+    const int64 unit = static_cast<int64>(block() / 2) * ceil_div(f.chunks, kUnitChunks) + u;
+    const uint64 pairs = f.weight + unit * (2 * kUnitBytes);
+    if (block() % 2) near = ~near;
     unsigned char* to = s.ring + slot * kSlotBytes;
     barrier_expect(s.full + slot, max(0, min(left, kUnitChunks)) * kChunkBytes);
 #pragma unroll

@@ -14,9 +14,9 @@ constexpr int kBlocks = 128, kPairs = kBlocks / 2;
 constexpr int kWorkers = 16;  // warps that compute
 // Units in the ring; at long contexts the past's keys and values need the room.
 constexpr int kSlots = 10, kSlotsFar = 9, kSlotsFarther = 6;
-// Of these, that are copied at a time: as few as keep memory busy, since copies stand in the words' way. The head
-// passes on nothing.
-constexpr int kUnderWay = 3, kUnderWayHead = 6;
+// Of these, that are copied at a time: as few as keep memory busy, since copies stand in the words' way, less so if
+// they come from the near half of L2. A short ring must catch up after every phase; the head passes on nothing.
+constexpr int kUnderWay = 2, kUnderWayFarther = 3, kUnderWayNear = 3, kUnderWayHead = 6;
 constexpr int kSayers = S1_RACECHECK ? 32 : 1;    // lanes of a warp that wait for a unit, and that give it back
 constexpr int kCopyLanes = S1_RACECHECK ? 1 : 2;  // that copy units
 constexpr int kWidth = 1024;                      // C of both stacks
@@ -41,7 +41,8 @@ constexpr int kMostLogits = 1280;  // main logits of a block
 enum Kind { kQkv, kAttend, kSlowOutput, kOutput, kSwiglu, kFastQkv, kFastOutput, kHead, kFastHead };
 
 struct Phase {
-  uint64 weight;       // T [rows, slices * 1024], of kSwiglu tiles of w1 and w3 by turns; as own_block() says, or 0
+  uint64 weight;       // T [rows, slices * 1024], or packed (own_block()), of kSwiglu tiles of w1 and w3 by turns; or 0
+  uint64 second;       // of kSwiglu, where weight is w1: w3
   uint64 norm_weight;  // T [1024], or 0
   int rows;            // of each matrix
   int share;           // of a block: a multiple of 8, all blocks alike, but for kHead
@@ -54,8 +55,8 @@ struct Phase {
   int layer;         // of its stack
   int position;      // of the first vector in the fast stack; of kFastHead: the number of the code that is drawn
   int units;         // of the ring, in every block; whole steps of kHead
-  int chunks;        // of these units, that hold weights
-  int unit;          // number of the first among those of all matrices; without any, of the next phase's
+  int chunks;        // packed: of these units, that hold weights
+  int unit;          // packed: the first one's number among those of all matrices; without any, of the next phase's
   int past;          // of kFastOutput: word offset of all positions' qkv of the layer that comes next
   int kept;          // how many of these positions are copied; in the phase that waits for them too
   float kept_share;  // of the weights: what L2 is to keep of them, since they come again
@@ -86,14 +87,15 @@ struct PersistentFrameArgs {
   const float* top_p;
   const float* repetition_penalty;
   const int* top_k;
-  const int64* rng;     // [2]
-  float* main_logits;   // [V]
-  float* fast_logits;   // [N-1, K']
-  int* out;             // [N+1]
-  int64* times;         // [phases + 1] ns, when block 0 began each phase, or null
-  const uint8* sides;   // [kMultiprocessors] 0 or 1: the half of L2 that a multiprocessor is at
-  const uint8* second;  // [units of all matrices, kPairs], bits of its pairs of chunks: the even block's is the second
-  int* tickets;         // [2], zero before the launch
+  const int64* rng;    // [2]
+  float* main_logits;  // [V]
+  float* fast_logits;  // [N-1, K']
+  int* out;            // [N+1]
+  int64* times;        // [phases + 1] ns, when block 0 began each phase, or null
+  const uint8* sides;  // [kMultiprocessors] 0 or 1: the half of L2 that a multiprocessor is at
+  const uint8* near;   // [units of all matrices, kPairs], bits of its pairs of chunks: the even block's is the second;
+                      // or null: the weights lie where they lie
+  int* tickets;  // [2], zero before the launch
   int phase_count;
   int slow_layers;
   int codebooks;      // N
@@ -161,15 +163,17 @@ __device__ __forceinline__ int64 nanoseconds() {
   return t;
 }
 
-// The number of this block, for all that it does. Even ones are at one half of L2 and odd ones at the other, as far as
-// multiprocessors go. The weights of 2p and 2p + 1 lie together, a chunk of each by turns in pairs, of which either is
+// The number of this block, for all that it does. If weights are packed, even ones are at one half of L2 and odd ones
+// at the other, as far as multiprocessors go. The weights of 2p and 2p + 1 then lie together, in pairs of chunks, each
 // near one of them: a matrix is [kPairs, units, kUnitChunks, 2, kChunkBytes], the units being a block's rows.
 __device__ __forceinline__ int& own_block() {
   __shared__ int number;
   return number;
 }
-__device__ __forceinline__ void number_block(const uint8* sides, int* tickets) {
-  const int side = sides[multiprocessor()], ticket = atomicAdd(tickets + side, 1);
+__device__ __forceinline__ void number_block(const PersistentFrameArgs& a) {
+  own_block() = static_cast<int>(blockIdx.x);
+  if (!a.near) return;
+  const int side = a.sides[multiprocessor()], ticket = atomicAdd(a.tickets + side, 1);
   own_block() = ticket < kPairs ? 2 * ticket + side : 2 * (kBlocks - 1 - ticket) + 1 - side;
 }
 

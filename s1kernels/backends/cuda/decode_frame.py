@@ -6,7 +6,6 @@ Kernels of its own are csrc/cuda/decode_frame.cu; the rest are those of the ops.
 from __future__ import annotations
 
 import logging
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,8 +60,7 @@ class Frame:
     """A model bound to its launches.
 
     Args:
-        config, weights: the model; the weights are used where they lie and kept alive, but for the persistent kernel's
-            matrices, of which it takes a copy.
+        config, weights: the model; the weights are used where they lie and kept alive.
         head: [V, C], the rows of the head that are sampled.
         fast_rows: K', rows of the fast head that are sampled.
     Raises:
@@ -74,15 +72,15 @@ class Frame:
         self.config, self.weights, self.head, self.fast_rows = config, weights, head, fast_rows
         self.persistent: str | None = "not asked for"
         """Why a frame is not one persistent kernel, or None if it is."""
+        self.packed: PackedWeights | None = None
+        """The copy of the matrices that the persistent kernel streams, if it has one."""
+        self._packs = False
 
-    def use_persistent(self) -> None:
-        """Make the frame one persistent kernel, if GPU and model allow it; `persistent` says why not."""
+    def use_persistent(self, packed: bool) -> None:
+        """Make the frame one persistent kernel, if GPU and model allow it; `persistent` says why not. `packed`: let it
+        have a copy of the matrices."""
         self.persistent = persistent_frame.refusal(self.config, self.weights, self.head, self.fast_rows)
-
-    @cached_property
-    def packed(self) -> PackedWeights:
-        """The copy of the matrices that the persistent kernel streams."""
-        return persistent_frame.Phases(self.config, self.weights, self.head).pack()
+        self._packs = packed
 
     def decoder(self, rows: Rows, cache: KVCache) -> FrameGraph:
         """What decodes frame after frame by replaying one CUDA graph. Its kernels are made ready now, side by side."""
@@ -91,8 +89,8 @@ class Frame:
         providers.prepare(
             [*ALWAYS, *(FRAME_OF_OPS if self.persistent else ["persistent_frame"])], self.head.dtype, self.head.device
         )
-        if self.persistent is None:
-            _ = self.packed  # what is measured for it, before there are other kernels on the GPU
+        if self._packs and self.persistent is None and self.packed is None:
+            self.packed = persistent_frame.Phases(self.config, self.weights, self.head).pack()
         return FrameGraph(self, rows, cache)
 
     def __call__(

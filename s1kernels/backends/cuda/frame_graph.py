@@ -76,9 +76,9 @@ class FrameGraph(frame_graph.FrameGraph):
         if self.frame.persistent is None:
             launches = persistent_frame.launches(
                 config, self.frame.weights, self.frame.head, self.frame.packed, tokens=self._tokens,
-                position=self._position, k_caches=self.cache.k, v_caches=self.cache.v, window=self._window, ids=self.rows.ids,
-                logit_bias=self.rows.bias, scalars=self._scalars, rng=self._random, main_logits=self.main_logits,
-                fast_logits=self.fast_logits, out=self._codes, **self._draws.offsets,
+                position=self._position, k_caches=self.cache.k, v_caches=self.cache.v, window=self._window,
+                ids=self.rows.ids, logit_bias=self.rows.bias, scalars=self._scalars, rng=self._random,
+                main_logits=self.main_logits, fast_logits=self.fast_logits, out=self._codes, **self._draws.offsets,
             )  # fmt: skip
             return [*launches, advance]
         launches = self.frame.launches(

@@ -51,7 +51,7 @@ def measure(memory: Tensor, dtype: torch.dtype) -> Halves:
         return Halves(table, torch.zeros(pairs, dtype=torch.bool, device=memory.device))
     lead, where = _measure(memory, dtype, pairs, apart=True)
     asked = table[where].bool()[torch.arange(pairs, device=memory.device) % len(where)]
-    return Halves(table, (lead < 0) != asked)
+    return Halves(table, (lead < lead.float().mean()) != asked)
 
 
 def told_apart(lead: Tensor) -> Tensor | None:
@@ -60,7 +60,7 @@ def told_apart(lead: Tensor) -> Tensor | None:
     Args:
         lead: [multiprocessors, pairs], by how many cycles a pair's first chunk answered before its second.
     """
-    signs = lead.sign().float()
+    signs = (lead - lead.float().mean(1, keepdim=True)).sign()
     agreed = (signs * signs[:1]).mean(1)
     return agreed < 0 if bool((agreed.abs() > CLEAR).all()) else None
 

@@ -23,7 +23,7 @@ class PackedWeights:
     Args:
         matrices: of one dtype, on one device; the same may come several times.
     Attributes:
-        memory: all of them. sides: [MULTIPROCESSORS] uint8. second: [units and more, BLOCKS / 2] uint8.
+        memory: all of them. sides: [MULTIPROCESSORS] uint8. near: [units and more, BLOCKS / 2] uint8.
     """
 
     def __init__(self, matrices: list[Matrices]) -> None:
@@ -49,7 +49,7 @@ class PackedWeights:
             tables.append((second * bits).sum(-1, dtype=torch.uint8).T)
             self._places[key] = place.data_ptr(), units_before
             bytes_before, units_before = bytes_before + size, units_before + units
-        self.second = pad(torch.cat(tables), (0, 0, 0, UNIT_CHUNKS))  # the kernel looks ahead
+        self.near = pad(torch.cat(tables), (0, 0, 0, UNIT_CHUNKS))  # the kernel looks ahead
 
     def place(self, matrices: Matrices) -> tuple[int, int]:
         """Where they are: the address, and the number of the first of their units among all."""

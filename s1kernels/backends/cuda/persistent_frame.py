@@ -37,13 +37,14 @@ MOST_LOGITS = 1280  # of a block
 LEVELS = 8 * 32  # words with the weights of these parts
 SLOTS = 10, 9, 6  # of the weight ring, the longer the past, the fewer
 HEAD_UNITS = 2  # units of a step of the head
-KEPT_IN_L2 = 0.5  # of its bytes, for weights that come again; what helps most on an H100, with 50 MB
+# Of L2's bytes, for weights that come again, and for packed ones; what helps most on an H100, with 50 MB.
+KEPT_IN_L2, KEPT_NEAR = 0.4, 0.5
 
 FRAME = Kernel(
     "persistent_frame", "persistent_frame", block=544,
     pointers="phases words passes parts abandoned turn tokens position text_embedding codebook_embedding "
     "fast_embedding caches norms cos_sin fast_cos_sin ids logit_bias window temperature top_p repetition_penalty top_k "
-    "rng main_logits fast_logits out times sides second tickets",
+    "rng main_logits fast_logits out times sides near tickets",
     ints="phase_count slow_layers codebooks codebook_size text_rows semantic_begin semantic_end capacity "
     "fast_rows width main_threads fast_threads fast_offset fast_step",
     floats="scale eps",
@@ -77,19 +78,21 @@ class Phase:
         units = units_of(self.weights) if self.weights else 0
         return -(-units // HEAD_UNITS) * HEAD_UNITS if self.kind == Kind.HEAD else units
 
-    def packed(self, place: tuple[int, int], before: int, slots: int, kept_share: float) -> bytes:
-        """The struct's bytes, with the weights at a PackedWeights.place, when so many units come before in a ring of so
-        many slots, and L2 keeps a share of them."""
-        (address, unit), (turn, slot) = place, divmod(before, slots)
-        norm_address = 0 if self.norm_weight is None else self.norm_weight.data_ptr()
-        rows = share = chunks = slices = 0
+    def struct(self, place: tuple[int, int] | None, before: int, slots: int, kept_share: float) -> bytes:
+        """With packed weights at a place, or as they lie, when so many units come before in a ring of so many slots,
+        and L2 keeps a share of them."""
+        turn, slot = divmod(before, slots)
+        weight, second = [*(w.data_ptr() for w in self.weights), 0, 0][:2]
+        rows = share = slices = chunks = unit = 0
         if self.weights:
-            (rows, columns), share, chunks = self.weights[0].shape, share_of(self.weights), chunks_of(self.weights)
-            slices = columns // WIDTH
+            rows, slices, share = self.weights[0].shape[0], self.weights[0].shape[1] // WIDTH, share_of(self.weights)
+        if place is not None:
+            (weight, unit), second, chunks = place, 0, chunks_of(self.weights) if self.weights else 0
+        norm_weight = 0 if self.norm_weight is None else self.norm_weight.data_ptr()
         return struct.pack(
-            "<2Q15if2i", address, norm_address, rows, share, self.kind, self.begins, self.given, self.vectors, self.out,
-            slices, self.layer, self.position, self.units, chunks, unit, self.past, self.kept, kept_share, slot,
-            turn % 2,
+            "<3Q15if2i", weight, second, norm_weight, rows, share, self.kind, self.begins, self.given, self.vectors,
+            self.out, slices, self.layer, self.position, self.units, chunks, unit, self.past, self.kept, kept_share,
+            slot, turn % 2,
         )  # fmt: skip
 
 
@@ -143,23 +146,27 @@ class Phases:
         """What the phases multiply with, as the kernel streams it."""
         return PackedWeights([phase.weights for phase in self.list if phase.weights])
 
-    def packed(self, weights: PackedWeights) -> Tensor:
+    def structs(self, device: torch.device, packed: PackedWeights | None = None) -> Tensor:
         """For every ring."""
-        device, places = weights.memory.device, []
-        for phase in reversed(self.list):  # a phase without weights has the number of the next one's first unit
-            places.append(weights.place(phase.weights) if phase.weights else (0, places[-1][1]))
-        units = accumulate((phase.units for phase in self.list), initial=0)
-        each = list(zip(self.list, reversed(places), units, self.kept_shares(l2_bytes(device)), strict=False))
+        places: list[tuple[int, int] | None] = [None] * len(self.list)
+        if packed is not None:
+            unit = 0
+            for i in reversed(range(len(self.list))):  # without weights: the number of the next phase's first unit
+                address, unit = packed.place(weights) if (weights := self.list[i].weights) else (0, unit)
+                places[i] = address, unit
+        before = accumulate(phase.units for phase in self.list)
+        shares = self.kept_shares((KEPT_IN_L2 if packed is None else KEPT_NEAR) * l2_bytes(device))
+        each = list(zip(self.list, places, [0, *before], shares, strict=False))
         data = b"".join(
-            phase.packed(place, before, slots, share) for slots in SLOTS for phase, place, before, share in each
+            phase.struct(place, units, slots, share) for slots in SLOTS for phase, place, units, share in each
         )
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
 
-    def kept_shares(self, cache_bytes: int) -> list[float]:
-        """The share of every phase's weights that L2 is to keep: of the fast stack's, which come again."""
+    def kept_shares(self, room: float) -> list[float]:
+        """The share of each phase's weights that L2 is to keep, in so many bytes: the fast stack's, which come again."""
         slow = [phase.kind for phase in self.list].index(Kind.HEAD) + 1
         again = {phase.weights[0].data_ptr(): phase.units for phase in self.list[slow:]}
-        share = KEPT_IN_L2 * cache_bytes / (BLOCKS * UNIT_BYTES * sum(again.values()))
+        share = room / (BLOCKS * UNIT_BYTES * sum(again.values()))
         return [0.0] * slow + [min(share, 1.0)] * (len(self.list) - slow)
 
     def _stack(self, stack: StackConfig, layers: list[LayerWeights], vectors: int = 1, position: int = 0) -> int:
@@ -195,13 +202,17 @@ class Phases:
 
 
 def launches(
-    config: DualARConfig, weights: Weights, head: Tensor, packed: PackedWeights, *, tokens: Tensor, position: Tensor,
-    k_caches: list[Tensor], v_caches: list[Tensor], window: Tensor, ids: Tensor | None,
+    config: DualARConfig, weights: Weights, head: Tensor, packed: PackedWeights | None, *, tokens: Tensor,
+    position: Tensor, k_caches: list[Tensor], v_caches: list[Tensor], window: Tensor, ids: Tensor | None,
     logit_bias: Tensor | None, scalars: dict[str, Tensor], rng: Tensor,
     main_threads: int, fast_threads: int, fast_offset: int, fast_step: int, main_logits: Tensor, fast_logits: Tensor,
     out: Tensor, times: Tensor | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """One frame, in two launches: forget the last one's words, and go. `packed` is Phases.pack()'s."""
+    """One frame, in two launches: forget the last one's words, and go.
+
+    Args:
+        packed: Phases.pack()'s copy of the matrices to stream, or None: they are streamed as they lie.
+    """
     device = head.device
     phases = Phases(config, weights, head)
     exchanged = torch.empty(phases.words + PASSES * BLOCKS * 8, dtype=torch.int32, device=device)
@@ -217,8 +228,9 @@ def launches(
     )
     frame = FRAME.bind(
         head.dtype, device, grid=BLOCKS, shared=SHARED_BYTES, pdl=True, cooperative=True,
-        phases=phases.packed(packed), words=exchanged, passes=exchanged[phases.words :], parts=parts,
-        abandoned=state[:1], turn=state[1:2], tickets=state[2:], sides=packed.sides, second=packed.second, tokens=tokens, position=position, text_embedding=weights.text_embedding,
+        phases=phases.structs(device, packed), words=exchanged, passes=exchanged[phases.words :], parts=parts,
+        abandoned=state[:1], turn=state[1:2], tickets=state[2:], sides=packed and packed.sides,
+        near=packed and packed.near, tokens=tokens, position=position, text_embedding=weights.text_embedding,
         codebook_embedding=weights.codebook_embedding, fast_embedding=weights.fast_embedding,
         caches=addresses(list(zip(k_caches, v_caches, strict=True))),
         norms=addresses([(w.q_norm, w.k_norm) for w in weights.slow]), cos_sin=weights.cos_sin,

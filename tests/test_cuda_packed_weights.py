@@ -1,0 +1,89 @@
+"""Weights in halves of L2: what a block's chunks are, and how halves are told apart."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from s1kernels.backends.cuda import l2_halves
+from s1kernels.backends.cuda.l2_halves import CHUNK_BYTES, MULTIPROCESSORS, Halves, told_apart
+from s1kernels.backends.cuda.packed_weights import BLOCKS, PackedWeights, chunks_of, units_of
+
+PAIR = 2 * CHUNK_BYTES
+
+
+@pytest.fixture
+def packed():
+    """Packs matrices in memory whose pairs of chunks are near in a random order, and gives that as well."""
+
+    def pack(matrices):
+        second = []
+
+        def measure(memory, dtype):
+            assert len(memory) % PAIR == memory.data_ptr() % PAIR == 0
+            generator = torch.Generator().manual_seed(0)
+            second.append(torch.randint(0, 2, (len(memory) // PAIR,), generator=generator).bool())
+            return Halves(torch.zeros(MULTIPROCESSORS, dtype=torch.uint8), second[0])
+
+        with mock.patch.object(l2_halves, "measure", measure):
+            return PackedWeights(matrices), second[0]
+
+    return pack
+
+
+def streamed(packed, matrices, block):
+    """What a block's chunks hold, as the kernel finds them."""
+    address, unit = packed.place(matrices)
+    chunks, start = [], (address - packed.memory.data_ptr()) + block // 2 * units_of(matrices) * 4 * PAIR
+    for i in range(chunks_of(matrices)):
+        near = int(packed.near[unit + i // 4, block // 2]) >> i % 4 & 1
+        at = start + i * PAIR + (near ^ block % 2) * CHUNK_BYTES
+        chunks.append(packed.memory[at : at + CHUNK_BYTES])
+    return torch.cat(chunks).view(matrices[0].dtype)
+
+
+def test_every_block_finds_its_rows(packed):
+    """Of matrices of all shapes that a frame has; the last has no whole share for every block."""
+    shapes = [(2048, 1024), (1024, 2048), (1024, 3072), (128 * 33 - 40, 1024)]
+    single = [(torch.randn(shape).to(torch.bfloat16),) for shape in shapes]
+    twins = tuple(torch.randn(2048, 1024).to(torch.bfloat16) for _ in range(2))
+    both, second = packed([*single, twins, single[0]])
+    assert (
+        len(both.memory) == sum(BLOCKS * units_of(m) * 4 * CHUNK_BYTES for m in (*single, twins)) == PAIR * len(second)
+    )
+    for (matrix,) in single:
+        share = -(-matrix.shape[0] // BLOCKS)
+        for block in (0, 1, 6, 127):
+            rows = matrix[block * share : (block + 1) * share].flatten()
+            assert torch.equal(streamed(both, (matrix,), block)[: len(rows)], rows)
+    for block in (0, 77):
+        w1, w3 = (w[block * 16 : block * 16 + 16] for w in twins)
+        tiles = torch.cat([w1[:8], w3[:8], w1[8:], w3[8:]])
+        assert torch.equal(streamed(both, twins, block), tiles.flatten())
+
+
+def test_a_chunk_is_where_its_block_is_near(packed):
+    """Even blocks read chunks of half 0."""
+    number = torch.arange(BLOCKS).repeat_interleave(8 * 1024).view(1024, 1024)  # of the block that has a row
+    both, second = packed([(number.to(torch.bfloat16),)])
+    first = both.memory.view(torch.bfloat16).view(-1, 2, CHUNK_BYTES // 2)[:, :, 0]
+    assert not (torch.where(second, first[:, 1], first[:, 0]) % 2).any()
+
+
+def leads(sides, noise=40, bias=-80):
+    """What multiprocessors at these halves would measure."""
+    generator = torch.Generator().manual_seed(1)
+    near = torch.arange(l2_halves.COMMON) % 2 * 800 - 400
+    apart = torch.where(sides[:, None], -near, near)
+    return (apart + bias + noise * torch.randn(apart.shape, generator=generator)).int()
+
+
+def test_multiprocessors_are_told_apart():
+    sides = torch.rand(132, generator=torch.Generator().manual_seed(2)) < 0.5
+    assert torch.equal(told_apart(leads(sides)), sides != sides[0])
+
+
+def test_without_halves_nothing_is_told_apart():
+    sides = torch.zeros(132, dtype=torch.bool)
+    assert told_apart(torch.randint(-40, 40, (132, l2_halves.COMMON))) is None
+    assert not told_apart(leads(sides)).any()
