@@ -45,7 +45,7 @@ SAMPLING = {"temperature": 0.7, "top_p": 0.7, "repetition_penalty": 1.2}
 END = 0  # what demo's tokenizer calls the end token
 ERROR_FLOOR = 1e-5  # what float32 leaves open
 
-SKIPPED = {"compiled": COMPILED, "default-mode": DEFAULT}
+SKIPPED = {"compiled": COMPILED, "default-mode": DEFAULT, "captured": CAPTURED}
 CONTEXTS = [0, 128, 512, 2048, 4096]
 FULL = {"context": CONTEXTS, "frames": 200, "slow_frames": 20, "rounds": 5, "settle": 8, "cache": [8192]}
 SMALL = {"context": [16], "frames": 4, "slow_frames": 2, "rounds": 2, "settle": 2, "cache": [64]}
@@ -80,7 +80,7 @@ def parse() -> argparse.Namespace:
         nargs="+",
         default=[],
         choices=SKIPPED,
-        help="upstream compiled as it does itself, or by torch's default mode: each takes minutes",
+        help="upstream compiled as it does itself, by torch's default mode, or captured: each takes minutes",
     )
     parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args()
@@ -148,19 +148,21 @@ class Bench:
         no_graph = "" if self.cuda else f"a CUDA graph needs a CUDA device, this is {self.device}"
         graphs = [
             Contender(
-                "s1kernels persistent",
+                "s1kernels packed" if packed else "s1kernels persistent",
                 o.frames,
-                {"persistent": True, "constrained": rows == "semantic"},
+                {"persistent": True, "packed": packed, "constrained": rows == "semantic"},
                 rows=rows,
                 refused=no_graph,
             )
+            for packed in (False, True)
             for rows in o.rows
         ]
         graphs.insert(0, Contender("s1kernels graph", o.frames, {"persistent": False}, refused=no_graph))
         no_triton = no_graph or triton.available() or ""
         graphs.append(Contender("Triton, graph", o.frames, {"backend": "triton"}, refused=no_triton))
         skipped = {SKIPPED[name]: f"left out (--skip {name})" for name in o.skip}
-        captured = Contender(CAPTURED, o.slow_frames, step=lambda: Captured(self.inference), refused=no_graph)
+        no_capture = no_graph or skipped.get(CAPTURED, "")
+        captured = Contender(CAPTURED, o.slow_frames, step=lambda: Captured(self.inference), refused=no_capture)
         modes = {DEFAULT: None, COMPILED: AS_UPSTREAM}
         steps = {name: functools.partial(compiled, self.inference, self.device, mode) for name, mode in modes.items()}
         by_torch = [

@@ -55,7 +55,7 @@ class Case:
         return json.loads(last[0]) if done.returncode == 0 else {"refused": "".join(last)}
 
 
-def measure(contexts: list[int], dtype: str) -> dict[str, Any]:
+def measure(contexts: list[int], dtype: str, packed: bool) -> dict[str, Any]:
     """Milliseconds a frame of the tree that is on the path."""
     import torch
 
@@ -66,7 +66,7 @@ def measure(contexts: list[int], dtype: str) -> dict[str, Any]:
     shape = models.config(False, max(contexts) + 512)
     weights = models.weights(shape, getattr(torch, dtype), device)
     for constrained in (False, True):
-        engine = Engine(shape, weights, constrained=constrained)
+        engine = Engine(shape, weights, constrained=constrained, **({"packed": True} if packed else {}))
         engine.generate(models.prompt(shape, 64, device), 8, seed=1)
         for context in contexts:
             times = [engine.decoder.time_frames(context, REPLAYS) * 1e3 for _ in range(WARM + ROUNDS)][WARM:]
@@ -80,13 +80,14 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", type=Case.parse, metavar="LABEL=TREE[,OPTION...]")
     parser.add_argument("--context", type=int, nargs="+", default=[128, 512], help="positions (default: 128 512)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument("--packed", action="store_true", help="weights in the half of L2 that is near")
     parser.add_argument("--turns", type=int, default=2, help="how often every case is measured (default: 2)")
     parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args()
     if not options.cases:  # a case's own process
-        print(json.dumps(measure(options.context, options.dtype)))
+        print(json.dumps(measure(options.context, options.dtype, options.packed)))
         return
-    child = ["--context", *map(str, options.context), "--dtype", options.dtype]
+    child = ["--context", *map(str, options.context), "--dtype", options.dtype, *["--packed"] * options.packed]
     result: dict[str, list[dict[str, Any]]] = {case.label: [] for case in options.cases}
     for _ in range(options.turns):
         for case in options.cases:

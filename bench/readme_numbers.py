@@ -28,6 +28,8 @@ NAMES = {
     ("s1kernels graph", "all"): "s1kernels, `persistent=False`",
     ("s1kernels persistent", "all"): "**s1kernels**",
     ("s1kernels persistent", "semantic"): "s1kernels, `constrained=True`",
+    ("s1kernels packed", "all"): "s1kernels, `packed=True`",
+    ("s1kernels packed", "semantic"): "s1kernels, `packed=True, constrained=True`",
     ("Triton, graph", "all"): 's1kernels, `backend="triton"`',
     (CAPTURED, "all"): "upstream, captured as a CUDA graph",
     (DEFAULT, "all"): "upstream, `torch.compile` in its default mode",

@@ -163,7 +163,7 @@ class Phases:
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
 
     def kept_shares(self, room: float) -> list[float]:
-        """The share of each phase's weights that L2 is to keep, in so many bytes: the fast stack's, which come again."""
+        """The share of each phase's weights that L2 keeps, in so many bytes: of the fast stack's, which come again."""
         slow = [phase.kind for phase in self.list].index(Kind.HEAD) + 1
         again = {phase.weights[0].data_ptr(): phase.units for phase in self.list[slow:]}
         share = room / (BLOCKS * UNIT_BYTES * sum(again.values()))
