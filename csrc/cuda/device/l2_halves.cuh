@@ -5,7 +5,7 @@
 // addresses memory belongs to the halves in chunks of 4 KB, one of every two neighbours to each.
 #pragma once
 
-#include "exchange.cuh"
+#include "vec.cuh"
 
 namespace s1 {
 
@@ -18,6 +18,13 @@ __device__ __forceinline__ int multiprocessor() {
   return static_cast<int>(id % kMultiprocessors);
 }
 
+// As L2 has it, past L1.
+__device__ __forceinline__ uint32 load_cached(const uint32* at) {
+  uint32 word;
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(word) : "l"(at) : "memory");
+  return word;
+}
+
 struct HalvesArgs {
   const uint32* memory;  // pairs of chunks
   int* lead;             // [pairs], or [blocks, pairs]: cycles by which a pair's first chunk answers before its second
@@ -27,7 +34,8 @@ struct HalvesArgs {
   int zero;   // 0, which the compiler must not know
 };
 
-// One warp a block. Lines that are in L2 are read one after the other.
+// One warp a block. Lines that are in L2 are read one after the other. Blocks that measure the same pairs begin at
+// different ones: many that read a line at once wait for each other.
 template <class T>
 __device__ void measure_halves(const HalvesArgs& a) {
   constexpr int kWords = kChunkBytes / 4, kLines = 8;
@@ -35,20 +43,26 @@ __device__ void measure_halves(const HalvesArgs& a) {
   wait_for_inputs();
   const int lane = threadIdx.x, block = blockIdx.x;
   if (lane == 0) a.where[block] = multiprocessor();
-  for (int i = a.apart ? block : 0; i < a.pairs; i += a.apart ? static_cast<int>(gridDim.x) : 1) {
-    const uint32* pair = a.memory + static_cast<int64>(i) * 2 * kWords;
-    const uint32 here = peek(pair + lane * (2 * kWords / 32));
+  const int blocks = gridDim.x, each = a.apart ? ceil_div(a.pairs - block, blocks) : a.pairs;
+  const int first = a.apart ? block : block * a.pairs / blocks;
+  for (int i = 0; i < each; ++i) {
+    const int number = a.apart ? first + i * blocks : (first + i) % a.pairs;
+    const uint32* pair = a.memory + static_cast<int64>(number) * 2 * kWords;
+    const uint32 here = load_cached(pair + lane * (2 * kWords / 32));
     uint32 after = __shfl_xor_sync(0xffffffffu, here, 1) & a.zero;
-    int64 cycles[2];
+    if (lane == 0) {
+      int64 cycles[2];
 #pragma unroll
-    for (int chunk = 0; chunk < 2; ++chunk) {
-      const int64 start = clock64();
+      for (int chunk = 0; chunk < 2; ++chunk) {
+        const int64 start = clock64();
 #pragma unroll 1  // so that the clock is read behind them
-      for (int line = 0; line < kLines; ++line)
-        after = peek(pair + chunk * kWords + line * (kWords / kLines) + after) & a.zero;
-      cycles[chunk] = clock64() - start + after;
+        for (int line = 0; line < kLines; ++line)
+          after = load_cached(pair + chunk * kWords + line * (kWords / kLines) + after) & a.zero;
+        cycles[chunk] = clock64() - start + after;
+      }
+      a.lead[(a.apart ? 0 : block * a.pairs) + number] = static_cast<int>(cycles[1] - cycles[0]);
     }
-    if (lane == 0) a.lead[(a.apart ? 0 : block * a.pairs) + i] = static_cast<int>(cycles[1] - cycles[0]);
+    __syncwarp();
   }
 }
 

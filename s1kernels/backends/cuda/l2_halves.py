@@ -15,7 +15,7 @@ from s1kernels.backends.cuda.launch import Kernel, multiprocessors
 
 CHUNK_BYTES = 4096  # neighbours are in different halves
 MULTIPROCESSORS = 1024  # in a table of them
-COMMON = 64  # pairs of chunks that all multiprocessors measure, to be told apart by
+COMMON = 256  # pairs of chunks that all multiprocessors measure, to be told apart by
 TRIES = 3
 CLEAR = 0.5  # of COMMON: by how much more often two multiprocessors agree, or disagree, than not
 
