@@ -234,6 +234,8 @@ class Bench:
         with patched(model, contender.patch) as engine:
             if engine is not None and (contender.patch or {}).get("persistent") and engine.decoder.frame.persistent:
                 raise RuntimeError(engine.decoder.frame.persistent)
+            if engine is not None and (contender.patch or {}).get("packed") and engine.decoder.frame.unpacked:
+                raise RuntimeError(engine.decoder.frame.unpacked)
             row: dict[str, Any] = {"first_run_seconds": self.speak(model, yardstick.prompt, few, step)}
             self.speak(model, yardstick.prompt, many, step)
             if self.cuda:

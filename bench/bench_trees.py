@@ -67,6 +67,8 @@ def measure(contexts: list[int], dtype: str, packed: bool) -> dict[str, Any]:
     weights = models.weights(shape, getattr(torch, dtype), device)
     for constrained in (False, True):
         engine = Engine(shape, weights, constrained=constrained, **({"packed": True} if packed else {}))
+        if packed and engine.decoder.frame.unpacked:
+            raise RuntimeError(engine.decoder.frame.unpacked)
         engine.generate(models.prompt(shape, 64, device), 8, seed=1)
         for context in contexts:
             times = [engine.decoder.time_frames(context, REPLAYS) * 1e3 for _ in range(WARM + ROUNDS)][WARM:]

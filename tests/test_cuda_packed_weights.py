@@ -7,7 +7,7 @@ import torch
 
 from s1kernels.backends.cuda import l2_halves
 from s1kernels.backends.cuda.l2_halves import CHUNK_BYTES, MULTIPROCESSORS, Halves, told_apart
-from s1kernels.backends.cuda.packed_weights import BLOCKS, PackedWeights, chunks_of, units_of
+from s1kernels.backends.cuda.packed_weights import BLOCKS, NoHalvesError, PackedWeights, chunks_of, units_of
 
 PAIR = 2 * CHUNK_BYTES
 
@@ -70,20 +70,31 @@ def test_a_chunk_is_where_its_block_is_near(packed):
     assert not (torch.where(second, first[:, 1], first[:, 0]) % 2).any()
 
 
-def leads(sides, noise=40, bias=-80):
-    """What multiprocessors at these halves would measure."""
-    generator = torch.Generator().manual_seed(1)
-    near = torch.arange(l2_halves.COMMON) % 2 * 800 - 400
-    apart = torch.where(sides[:, None], -near, near)
-    return (apart + bias + noise * torch.randn(apart.shape, generator=generator)).int()
+def leads(sides, second, noise=100, bias=-80):
+    """What multiprocessors at these halves would measure, once each and once its neighbour's pairs."""
+    generator, numbers = torch.Generator().manual_seed(1), torch.arange(len(second)) % len(sides)
+    for asked in (sides[numbers], sides[(numbers - 1) % len(sides)]):
+        signal = torch.where(second ^ asked, -400, 400) + bias
+        yield (signal + noise * torch.randn(len(second), generator=generator)).int()
 
 
-def test_multiprocessors_are_told_apart():
-    sides = torch.rand(132, generator=torch.Generator().manual_seed(2)) < 0.5
-    assert torch.equal(told_apart(leads(sides)), sides != sides[0])
+def test_halves_are_told_apart():
+    """Up to which one is the first: that of block 0."""
+    generator = torch.Generator().manual_seed(2)
+    sides, second = (torch.rand(n, generator=generator) < 0.5 for n in (132, 132 * 40 + 7))
+    for flipped in (False, True):
+        found = told_apart(*leads(sides ^ flipped, second ^ flipped), 132)
+        assert torch.equal(found[0], sides != sides[0])
+        assert ((found[1] != sides[0]) == second).float().mean() > 0.999
 
 
-def test_without_halves_nothing_is_told_apart():
-    sides = torch.zeros(132, dtype=torch.bool)
-    assert told_apart(torch.randint(-40, 40, (132, l2_halves.COMMON))) is None
-    assert not told_apart(leads(sides)).any()
+def test_what_is_one_is_not_told_apart():
+    second = torch.rand(132 * 40, generator=torch.Generator().manual_seed(3)) < 0.5
+    assert told_apart(*leads(torch.zeros(132).bool(), second), 132) is None
+    assert told_apart(*(torch.randint(-40, 40, (132 * 40,)) for _ in range(2)), 132) is None
+    assert told_apart(*(torch.zeros(100, dtype=torch.int32) for _ in range(2)), 132) is None
+
+
+def test_without_halves_nothing_is_packed():
+    with mock.patch.object(l2_halves, "measure", lambda memory, dtype: None), pytest.raises(NoHalvesError):
+        PackedWeights([(torch.zeros(1024, 1024, dtype=torch.bfloat16),)])

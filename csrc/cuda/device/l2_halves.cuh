@@ -27,27 +27,24 @@ __device__ __forceinline__ uint32 load_cached(const uint32* at) {
 
 struct HalvesArgs {
   const uint32* memory;  // pairs of chunks
-  int* lead;             // [pairs], or [blocks, pairs]: cycles by which a pair's first chunk answers before its second
-  int* where;            // [blocks], the multiprocessor that a block ran on
+  int* lead;             // [pairs], the cycles by which a pair's first chunk answers before its second
+  int* where;            // [blocks], the multiprocessor that a block runs on
   int pairs;
-  int apart;  // whether blocks take pairs by turns, or every block all of them
+  int shift;  // block b measures the pairs whose number is b + shift, modulo the number of blocks
   int zero;   // 0, which the compiler must not know
 };
 
-// One warp a block. Lines that are in L2 are read one after the other. Blocks that measure the same pairs begin at
-// different ones: many that read a line at once wait for each other.
+// One warp a block, which has lines come from memory and then reads them, one after the other. What the other half's
+// multiprocessors have read lately is in both halves: the lines must not be in L2 before.
 template <class T>
 __device__ void measure_halves(const HalvesArgs& a) {
   constexpr int kWords = kChunkBytes / 4, kLines = 8;
   launch_next();
   wait_for_inputs();
-  const int lane = threadIdx.x, block = blockIdx.x;
+  const int lane = threadIdx.x, block = blockIdx.x, blocks = gridDim.x;
   if (lane == 0) a.where[block] = multiprocessor();
-  const int blocks = gridDim.x, each = a.apart ? ceil_div(a.pairs - block, blocks) : a.pairs;
-  const int first = a.apart ? block : block * a.pairs / blocks;
-  for (int i = 0; i < each; ++i) {
-    const int number = a.apart ? first + i * blocks : (first + i) % a.pairs;
-    const uint32* pair = a.memory + static_cast<int64>(number) * 2 * kWords;
+  for (int i = (block + a.shift) % blocks; i < a.pairs; i += blocks) {
+    const uint32* pair = a.memory + static_cast<int64>(i) * 2 * kWords;
     const uint32 here = load_cached(pair + lane * (2 * kWords / 32));
     uint32 after = __shfl_xor_sync(0xffffffffu, here, 1) & a.zero;
     if (lane == 0) {
@@ -60,7 +57,7 @@ __device__ void measure_halves(const HalvesArgs& a) {
           after = load_cached(pair + chunk * kWords + line * (kWords / kLines) + after) & a.zero;
         cycles[chunk] = clock64() - start + after;
       }
-      a.lead[(a.apart ? 0 : block * a.pairs) + number] = static_cast<int>(cycles[1] - cycles[0]);
+      a.lead[i] = static_cast<int>(cycles[1] - cycles[0]);
     }
     __syncwarp();
   }

@@ -25,7 +25,7 @@ from s1kernels.backends.cuda import (
 )
 from s1kernels.backends.cuda.frame_graph import FrameGraph
 from s1kernels.backends.cuda.launch import Kernel, Launch
-from s1kernels.backends.cuda.packed_weights import PackedWeights
+from s1kernels.backends.cuda.packed_weights import NoHalvesError, PackedWeights
 from s1kernels.backends.cuda.sample_token import Window
 from s1kernels.backends.cuda.support import TILE_ROWS, ceil_div, run, staging, supports, vectorized
 from s1kernels.cache import KVCache
@@ -74,6 +74,8 @@ class Frame:
         """Why a frame is not one persistent kernel, or None if it is."""
         self.packed: PackedWeights | None = None
         """The copy of the matrices that the persistent kernel streams, if it has one."""
+        self.unpacked: str | None = "not asked for"
+        """Why it has none, or None if it has."""
         self._packs = False
 
     def use_persistent(self, packed: bool) -> None:
@@ -90,7 +92,11 @@ class Frame:
             [*ALWAYS, *(FRAME_OF_OPS if self.persistent else ["persistent_frame"])], self.head.dtype, self.head.device
         )
         if self._packs and self.persistent is None and self.packed is None:
-            self.packed = persistent_frame.Phases(self.config, self.weights, self.head).pack()
+            try:
+                self.packed, self.unpacked = persistent_frame.Phases(self.config, self.weights, self.head).pack(), None
+            except NoHalvesError as error:
+                self.unpacked = str(error)
+                logger.warning("cuda: weights are streamed as they lie, packed ones would bring nothing: %s", error)
         return FrameGraph(self, rows, cache)
 
     def __call__(

@@ -11,68 +11,71 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s1kernels.backends.cuda.device import l2_bytes
 from s1kernels.backends.cuda.launch import Kernel, multiprocessors
 
 CHUNK_BYTES = 4096  # neighbours are in different halves
 MULTIPROCESSORS = 1024  # in a table of them
-COMMON = 256  # pairs of chunks that all multiprocessors measure, to be told apart by
 TRIES = 3
-CLEAR = 0.5  # of COMMON: by how much more often two multiprocessors agree, or disagree, than not
+FLUSH = 4  # times L2: what is written so that nothing else is in it
+CLEAR = 0.25  # by how much more or less than half of their pairs two multiprocessors must agree on
 
-MEASURE = Kernel(
-    "persistent_frame", "measure_halves", block=32, pointers="memory lead where", ints="pairs apart zero"
-)  # fmt: skip
+MEASURE = Kernel("persistent_frame", "measure_halves", block=32, pointers="memory lead where", ints="pairs shift zero")
 
 
 @dataclass(frozen=True)
 class Halves:
-    """sides: [MULTIPROCESSORS] uint8, the half that a multiprocessor is at, 0 or 1; second: [pairs] bool, whether the
-    second chunk of a pair lies in half 0, and not the first. If a GPU has no halves, all are at 0, and it is the first.
-    """
+    """sides: [MULTIPROCESSORS] uint8, the half that a multiprocessor is at, 0 or 1. second: [pairs] bool, whether the
+    second chunk of a pair lies in half 0, and not the first."""
 
     sides: Tensor
     second: Tensor
 
 
-def measure(memory: Tensor, dtype: torch.dtype) -> Halves:
-    """The halves of uint8 memory, [pairs * 2 * CHUNK_BYTES] from a multiple of that on; some 10 ms a gigabyte. What
-    another process does meanwhile may disturb it: then more is read from afar, and nothing is wrong."""
-    pairs = len(memory) // (2 * CHUNK_BYTES)
+def measure(memory: Tensor, dtype: torch.dtype) -> Halves | None:
+    """The halves of uint8 memory, [pairs * 2 * CHUNK_BYTES] from a multiple of that on; some 15 ms a gigabyte. None if
+    they cannot be told apart: L2 is one, or others use the GPU. A pair that is mistaken is read from afar."""
     for _ in range(TRIES):
-        lead, where = _measure(memory, dtype, min(pairs, COMMON), apart=False)
-        sides = told_apart(lead)
-        if sides is not None:
-            break
-    else:
-        sides = torch.zeros_like(where, dtype=torch.bool)
-    table = torch.zeros(MULTIPROCESSORS, dtype=torch.uint8, device=memory.device)
-    table[where] = sides.to(torch.uint8)
-    if not sides.any():
-        return Halves(table, torch.zeros(pairs, dtype=torch.bool, device=memory.device))
-    lead, where = _measure(memory, dtype, pairs, apart=True)
-    asked = table[where].bool()[torch.arange(pairs, device=memory.device) % len(where)]
-    return Halves(table, (lead < lead.float().mean()) != asked)
+        (lead, where), (again, there) = (_measure(memory, dtype, shift) for shift in (0, 1))
+        found = told_apart(lead, again, len(where))
+        if found is not None and torch.equal(where, there):
+            table = torch.zeros(MULTIPROCESSORS, dtype=torch.uint8, device=memory.device)
+            table[where] = found[0].to(torch.uint8)
+            return Halves(table, found[1])
+    return None
 
 
-def told_apart(lead: Tensor) -> Tensor | None:
-    """Whether a multiprocessor is not at the half of the first; None if that is not clear.
+def told_apart(lead: Tensor, again: Tensor, blocks: int) -> tuple[Tensor, Tensor] | None:
+    """By block whether it is not at the half of block 0, and by pair whether its second chunk is; None if that is not
+    clear. Pairs are measured by two blocks each, neighbours in a ring, and so are those of all blocks compared.
 
     Args:
-        lead: [multiprocessors, pairs], by how many cycles a pair's first chunk answered before its second.
+        lead: [pairs], by how many cycles a pair's first chunk answers before its second, to block pair % blocks.
+        again: the same to the block before that.
     """
-    signs = (lead - lead.float().mean(1, keepdim=True)).sign()
-    agreed = (signs * signs[:1]).mean(1)
-    return agreed < 0 if bool((agreed.abs() > CLEAR).all()) else None
+    turns, pairs = len(lead) // blocks, len(lead)
+    if turns == 0:
+        return None
+    numbers = torch.arange(pairs, device=lead.device) % blocks
+    first, second = (x - x[: turns * blocks].view(turns, blocks).float().mean(0)[numbers] for x in (lead, again))
+    agreed = ((first > 0) == (second > 0))[: turns * blocks].view(turns, blocks).float().mean(0)
+    differ = agreed < 0.5
+    if bool(((agreed - 0.5).abs() < CLEAR).any()) or int(differ.sum()) % 2 or not bool(differ.any()):
+        return None
+    sides = (differ.cumsum(0) - differ[0].long()) % 2 == 1
+    signs = 1 - 2 * sides.float()
+    return sides, first * signs[numbers] + second * signs[(numbers - 1) % blocks] < 0
 
 
-def _measure(memory: Tensor, dtype: torch.dtype, pairs: int, *, apart: bool) -> tuple[Tensor, Tensor]:
-    device = memory.device
+def _measure(memory: Tensor, dtype: torch.dtype, shift: int) -> tuple[Tensor, Tensor]:
+    device, blocks = memory.device, multiprocessors(memory.device)
     facts: Any = torch.cuda.get_device_properties(device)
-    blocks = multiprocessors(device)
-    lead = torch.zeros((pairs,) if apart else (blocks, pairs), dtype=torch.int32, device=device)
+    pairs = len(memory) // (2 * CHUNK_BYTES)
+    lead = torch.zeros(pairs, dtype=torch.int32, device=device)
     where = torch.zeros(blocks, dtype=torch.int32, device=device)
+    torch.zeros(FLUSH * l2_bytes(device), dtype=torch.uint8, device=device)
     MEASURE(
         dtype, device, grid=blocks, shared=facts.shared_memory_per_block_optin, memory=memory, lead=lead, where=where,
-        pairs=pairs, apart=int(apart), zero=0,
+        pairs=pairs, shift=shift, zero=0,
     )  # fmt: skip
     return lead, where.long()

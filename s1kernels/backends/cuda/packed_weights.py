@@ -17,6 +17,10 @@ Matrices = tuple[Tensor, ...]
 """What a phase multiplies with: a matrix of [rows, slices * WIDTH] 16-bit weights, or two alike, tile by tile."""
 
 
+class NoHalvesError(Exception):
+    """L2 has no two halves here that can be told apart."""
+
+
 class PackedWeights:
     """A copy of matrices, made of chunks as `own_block` of csrc/cuda/device/frame_state.cuh says.
 
@@ -34,6 +38,8 @@ class PackedWeights:
         whole = torch.zeros(room + pair, dtype=torch.uint8, device=head.device)
         self.memory = whole[-whole.data_ptr() % pair :][:room]
         halves = l2_halves.measure(self.memory, head.dtype)
+        if halves is None:
+            raise NoHalvesError("halves of L2 cannot be told apart on this GPU now")
         self.sides = halves.sides
         bits = 1 << torch.arange(UNIT_CHUNKS, dtype=torch.uint8, device=head.device)
         self._places: dict[tuple[int, ...], tuple[int, int]] = {}

@@ -37,8 +37,7 @@ MOST_LOGITS = 1280  # of a block
 LEVELS = 8 * 32  # words with the weights of these parts
 SLOTS = 10, 9, 6  # of the weight ring, the longer the past, the fewer
 HEAD_UNITS = 2  # units of a step of the head
-# Of L2's bytes, for weights that come again, and for packed ones; what helps most on an H100, with 50 MB.
-KEPT_IN_L2, KEPT_NEAR = 0.4, 0.5
+KEPT_IN_L2 = 0.4  # of its bytes, for weights that come again; what helps most on an H100, with 50 MB
 
 FRAME = Kernel(
     "persistent_frame", "persistent_frame", block=544,
@@ -143,7 +142,7 @@ class Phases:
             )
 
     def pack(self) -> PackedWeights:
-        """What the phases multiply with, as the kernel streams it."""
+        """A copy of what the phases multiply with, to be streamed. Raises NoHalvesError."""
         return PackedWeights([phase.weights for phase in self.list if phase.weights])
 
     def structs(self, device: torch.device, packed: PackedWeights | None = None) -> Tensor:
@@ -155,7 +154,7 @@ class Phases:
                 address, unit = packed.place(weights) if (weights := self.list[i].weights) else (0, unit)
                 places[i] = address, unit
         before = accumulate(phase.units for phase in self.list)
-        shares = self.kept_shares((KEPT_IN_L2 if packed is None else KEPT_NEAR) * l2_bytes(device))
+        shares = self.kept_shares(KEPT_IN_L2 * l2_bytes(device))
         each = list(zip(self.list, places, [0, *before], shares, strict=False))
         data = b"".join(
             phase.struct(place, units, slots, share) for slots in SLOTS for phase, place, units, share in each
