@@ -11,6 +11,7 @@ import torch
 from emulated_frame import Model, config_of, run_frame
 from emulated_kernels import SOURCES, LaunchFailed, build, unavailable
 
+from s1kernels.backends.cuda import l2_halves
 from s1kernels.backends.cuda.persistent_frame import FRAME, Kind, Phases
 
 REASON = unavailable()
@@ -106,6 +107,17 @@ def test_every_phase_of_many_layers_passes_on_what_it_should(library, position):
     frame.launch.tensors[FRAME.pointers.index("words")][swiglu.out + 3] ^= 1 << 14  # an exponent's bit
     with pytest.raises(AssertionError, match="slow 0 SWIGLU"):
         phases.check()
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_every_pair_of_chunks_is_measured(library, shift):
+    """The emulator's time says nothing else."""
+    memory, lead, where = torch.zeros(9, 8192, dtype=torch.uint8), torch.full((9,), -1), torch.zeros(4)
+    kernel = dict(memory=memory, lead=lead.int(), where=where.int(), pairs=9, shift=shift, zero=0)
+    with library(HALVES[0]).bound(seed=1):
+        l2_halves.MEASURE.bind(HALVES[0], memory.device, grid=4, **kernel).enqueue(0)
+    assert kernel["where"].tolist() == [0, 1, 2, 3]
+    assert not kernel["lead"].any()
 
 
 @pytest.mark.parametrize("room", [1 << 20, 1 << 30])

@@ -30,20 +30,20 @@ struct HalvesArgs {
   int* lead;             // [pairs], the cycles by which a pair's first chunk answers before its second
   int* where;            // [blocks], the multiprocessor that a block runs on
   int pairs;
-  int shift;  // block b measures the pairs whose number is b + shift, modulo the number of blocks
+  int shift;  // multiprocessor m measures the pairs whose number is m + shift, modulo the number of blocks
   int zero;   // 0, which the compiler must not know
 };
 
-// One warp a block, which has lines come from memory and then reads them, one after the other. What the other half's
-// multiprocessors have read lately is in both halves: the lines must not be in L2 before.
+// One warp a block, one block a multiprocessor, which has lines come from memory and then reads them, one after the
+// other. What the other half's multiprocessors have read lately is in both halves: the lines must not be in L2 before.
 template <class T>
 __device__ void measure_halves(const HalvesArgs& a) {
   constexpr int kWords = kChunkBytes / 4, kLines = 8;
   launch_next();
   wait_for_inputs();
-  const int lane = threadIdx.x, block = blockIdx.x, blocks = gridDim.x;
-  if (lane == 0) a.where[block] = multiprocessor();
-  for (int i = (block + a.shift) % blocks; i < a.pairs; i += blocks) {
+  const int lane = threadIdx.x, own = multiprocessor(), blocks = gridDim.x;
+  if (lane == 0) a.where[blockIdx.x] = own;
+  for (int i = (own + a.shift) % blocks; i < a.pairs; i += blocks) {
     const uint32* pair = a.memory + static_cast<int64>(i) * 2 * kWords;
     const uint32 here = load_cached(pair + lane * (2 * kWords / 32));
     uint32 after = __shfl_xor_sync(0xffffffffu, here, 1) & a.zero;

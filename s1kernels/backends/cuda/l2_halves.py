@@ -36,38 +36,40 @@ def measure(memory: Tensor, dtype: torch.dtype) -> Halves | None:
     """The halves of uint8 memory, [pairs * 2 * CHUNK_BYTES] from a multiple of that on; some 15 ms a gigabyte. None if
     they cannot be told apart: L2 is one, or others use the GPU. A pair that is mistaken is read from afar."""
     for _ in range(TRIES):
-        (lead, where), (again, there) = (_measure(memory, dtype, shift) for shift in (0, 1))
-        found = told_apart(lead, again, len(where))
-        if found is not None and torch.equal(where, there):
-            table = torch.zeros(MULTIPROCESSORS, dtype=torch.uint8, device=memory.device)
-            table[where] = found[0].to(torch.uint8)
-            return Halves(table, found[1])
+        lead, again = (_measure(memory, dtype, shift) for shift in (0, 1))
+        if lead is None or again is None:
+            continue
+        sides = torch.zeros(MULTIPROCESSORS, dtype=torch.uint8, device=memory.device)
+        if (found := told_apart(lead, again, multiprocessors(memory.device))) is not None:
+            sides[: len(found[0])] = found[0]
+            return Halves(sides, found[1])
     return None
 
 
-def told_apart(lead: Tensor, again: Tensor, blocks: int) -> tuple[Tensor, Tensor] | None:
-    """By block whether it is not at the half of block 0, and by pair whether its second chunk is; None if that is not
-    clear. Pairs are measured by two blocks each, neighbours in a ring, and so are those of all blocks compared.
+def told_apart(lead: Tensor, again: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """By multiprocessor whether it is not at the half of number 0, and by pair whether its second chunk is not there;
+    None if that is not clear. A pair is measured by two neighbours in a ring of all, which so are told apart.
 
     Args:
-        lead: [pairs], by how many cycles a pair's first chunk answers before its second, to block pair % blocks.
-        again: the same to the block before that.
+        lead: [pairs], by how many cycles a pair's first chunk answers before its second, to number pair % count.
+        again: the same to the number before that.
     """
-    turns, pairs = len(lead) // blocks, len(lead)
+    turns, pairs = len(lead) // count, len(lead)
     if turns == 0:
         return None
-    numbers = torch.arange(pairs, device=lead.device) % blocks
-    first, second = (x - x[: turns * blocks].view(turns, blocks).float().mean(0)[numbers] for x in (lead, again))
-    agreed = ((first > 0) == (second > 0))[: turns * blocks].view(turns, blocks).float().mean(0)
+    numbers = torch.arange(pairs, device=lead.device) % count
+    first, second = (x - x[: turns * count].view(turns, count).float().mean(0)[numbers] for x in (lead, again))
+    agreed = ((first > 0) == (second > 0))[: turns * count].view(turns, count).float().mean(0)
     differ = agreed < 0.5
     if bool(((agreed - 0.5).abs() < CLEAR).any()) or int(differ.sum()) % 2 or not bool(differ.any()):
         return None
     sides = (differ.cumsum(0) - differ[0].long()) % 2 == 1
     signs = 1 - 2 * sides.float()
-    return sides, first * signs[numbers] + second * signs[(numbers - 1) % blocks] < 0
+    return sides, first * signs[numbers] + second * signs[(numbers - 1) % count] < 0
 
 
-def _measure(memory: Tensor, dtype: torch.dtype, shift: int) -> tuple[Tensor, Tensor]:
+def _measure(memory: Tensor, dtype: torch.dtype, shift: int) -> Tensor | None:
+    """Leads, or None if not every multiprocessor has had a block."""
     device, blocks = memory.device, multiprocessors(memory.device)
     facts: Any = torch.cuda.get_device_properties(device)
     pairs = len(memory) // (2 * CHUNK_BYTES)
@@ -78,4 +80,4 @@ def _measure(memory: Tensor, dtype: torch.dtype, shift: int) -> tuple[Tensor, Te
         dtype, device, grid=blocks, shared=facts.shared_memory_per_block_optin, memory=memory, lead=lead, where=where,
         pairs=pairs, shift=shift, zero=0,
     )  # fmt: skip
-    return lead, where.long()
+    return lead if torch.equal(where.sort().values, torch.arange(blocks, dtype=torch.int32, device=device)) else None
