@@ -9,7 +9,7 @@
 //   blocks alike instead of being passed on: norms, the frame's embedding, the fast stack's attention, the fast codes'
 //   draws.
 // Memory: every weight once a frame, the fast stack's N-1 times, of which L2 keeps a share; the past's keys and values
-//   once. Bound by it.
+//   once. Bound by it. Packed weights (own_block() in device/frame_state.cuh) come from the half of L2 that is near.
 // Numerics: as the ops': results are rounded to T where the ops' are, slow attention's part by part; a normalised x
 //   keeps 16 bits or more (device/gemv.cuh). The same bits in every call: all sums have a fixed order.
 // Requires: sm_90 to sm_11x (an sm_12x has too little shared memory), kBlocks SMs, 16-bit T, both stacks 1024 wide, all

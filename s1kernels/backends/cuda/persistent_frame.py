@@ -77,7 +77,7 @@ class Phase:
         units = units_of(self.weights) if self.weights else 0
         return -(-units // HEAD_UNITS) * HEAD_UNITS if self.kind == Kind.HEAD else units
 
-    def struct(self, place: tuple[int, int] | None, before: int, slots: int, kept_share: float) -> bytes:
+    def as_struct(self, place: tuple[int, int] | None, before: int, slots: int, kept_share: float) -> bytes:
         """With packed weights at a place, or as they lie, when so many units come before in a ring of so many slots,
         and L2 keeps a share of them."""
         turn, slot = divmod(before, slots)
@@ -157,7 +157,7 @@ class Phases:
         shares = self.kept_shares(KEPT_IN_L2 * l2_bytes(device))
         each = list(zip(self.list, places, [0, *before], shares, strict=False))
         data = b"".join(
-            phase.struct(place, units, slots, share) for slots in SLOTS for phase, place, units, share in each
+            phase.as_struct(place, units, slots, share) for slots in SLOTS for phase, place, units, share in each
         )
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
 
