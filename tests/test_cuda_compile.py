@@ -181,7 +181,7 @@ def find_nvcc() -> str | None:
 
 @pytest.mark.skipif(find_nvcc() is None, reason="there is no nvcc")
 def test_nvcc_compiles_without_warnings(tmp_path):
-    """For an architecture of each kind, and hardly optimised: NVRTC, which has the same device compiler, does the rest."""
+    """For an architecture of each kind, hardly optimised: NVRTC, which has the same device compiler, does the rest."""
     nvcc = find_nvcc()
     known, options = (subprocess.check_output([nvcc, flag], text=True) for flag in ("--list-gpu-arch", "--help"))
     fast = ["--Ofast-compile=max"] if "--Ofast-compile" in options else []  # of CUDA 12.8 or later
