@@ -263,6 +263,21 @@ def test_moved_and_changed_weights_are_noticed(patched):
     assert generate(model, frames=4).shape[0] == 5
 
 
+def test_a_weight_that_is_written_makes_a_new_engine(patched):
+    """Which may have had a copy of it."""
+    model = build()
+    patched(model)
+    generate(model, frames=2)
+    before = s1kernels.engine_of(model)
+    with torch.no_grad():
+        model.layers[0].feed_forward.w1.weight.mul_(0.5)
+    generate(model, frames=2)
+    assert s1kernels.engine_of(model) is not before
+    again = s1kernels.engine_of(model)
+    generate(model, frames=2)
+    assert s1kernels.engine_of(model) is again
+
+
 def test_caches_start_small_grow_and_are_given_back_whole(patched):
     model = build(max_seq_len=2048)
     assert model.max_seq_len == -1
