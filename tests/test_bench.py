@@ -59,7 +59,8 @@ def test_bench_frame_side_by_side(run_frame, monkeypatch, capsys):
         ("upstream eager", "all", 64), ("upstream eager", "all", 32), ("upstream captured", "all", 64),
         ("upstream compiled by default", "all", 64), ("upstream compiled", "all", 64),
         ("s1kernels", "all", 64), ("s1kernels graph", "all", 64), ("s1kernels persistent", "all", 64),
-        ("s1kernels persistent", "semantic", 64), ("Triton, graph", "all", 64),
+        ("s1kernels persistent", "semantic", 64), ("s1kernels packed", "all", 64), ("s1kernels packed", "semantic", 64),
+        ("Triton, graph", "all", 64),
     }  # fmt: skip
     eager, ours = rows["upstream eager", "all", 64], rows["s1kernels", "all", 64]
     for row in (eager, ours, rows["upstream eager", "all", 32]):
