@@ -94,7 +94,7 @@ struct PersistentFrameArgs {
   int64* times;        // [phases + 1] ns, when block 0 began each phase, or null
   const uint8* sides;  // [kMultiprocessors] 0 or 1: the half of L2 that a multiprocessor is at
   const uint8* near;   // [units of all matrices, kPairs], bits of its pairs of chunks: the even block's is the second;
-                       // or null: the weights lie where they lie
+                       // or null: weights are not packed
   int* tickets;        // [2], zero before the launch
   int phase_count;
   int slow_layers;
