@@ -232,10 +232,11 @@ class Bench:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         with patched(model, contender.patch) as engine:
-            if engine is not None and (contender.patch or {}).get("persistent") and engine.decoder.frame.persistent:
-                raise RuntimeError(engine.decoder.frame.persistent)
-            if engine is not None and (contender.patch or {}).get("packed") and engine.decoder.frame.unpacked:
-                raise RuntimeError(engine.decoder.frame.unpacked)
+            asked = contender.patch or {}
+            if engine is not None and asked.get("persistent"):
+                frame = engine.decoder.frame
+                if reason := frame.persistent or (asked["packed"] and frame.unpacked):
+                    raise RuntimeError(reason)
             row: dict[str, Any] = {"first_run_seconds": self.speak(model, yardstick.prompt, few, step)}
             self.speak(model, yardstick.prompt, many, step)
             if self.cuda:

@@ -13,20 +13,13 @@ from cuda_models import build
 from s1kernels.backends.cuda import l2_halves
 
 
-def made_up(memory, dtype):
-    """Halves of L2 that need no measuring, which tools disturb."""
-    sides = torch.arange(l2_halves.MULTIPROCESSORS, device=memory.device) % 2
-    pairs = torch.arange(len(memory) // (2 * l2_halves.CHUNK_BYTES), device=memory.device)
-    return l2_halves.Halves(sides.to(torch.uint8), pairs % 3 == 0)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--position", type=int, default=300, help="past positions (default: 300)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
-    parser.add_argument("--packed", action="store_true", help="weights in halves of L2, which are made up here")
+    parser.add_argument("--packed", action="store_true", help="weights in halves of L2, which are random here")
     options = parser.parse_args()
-    l2_halves.measure = made_up
+    l2_halves.measure = lambda memory, dtype: l2_halves.Halves.at_random(memory)  # tools disturb what is measured
     engine = build("s1_mini", "cuda", getattr(torch, options.dtype), persistent=True, packed=options.packed)
     engine.cache.reserve(options.position + 1)
     seconds = engine.decoder.time_frames(options.position, 1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from s1kernels.backends.cuda import l2_halves
-from s1kernels.backends.cuda.l2_halves import CHUNK_BYTES, MULTIPROCESSORS, Halves, told_apart
+from s1kernels.backends.cuda.l2_halves import CHUNK_BYTES, Halves, told_apart
 from s1kernels.backends.cuda.packed_weights import BLOCKS, NoHalvesError, PackedWeights, chunks_of, units_of
 
 PAIR = 2 * CHUNK_BYTES
@@ -17,16 +17,10 @@ def packed():
     """Packs matrices in memory whose pairs of chunks are near in a random order, and gives that as well."""
 
     def pack(matrices):
-        second = []
-
-        def measure(memory, dtype):
-            assert len(memory) % PAIR == memory.data_ptr() % PAIR == 0
-            generator = torch.Generator().manual_seed(0)
-            second.append(torch.randint(0, 2, (len(memory) // PAIR,), generator=generator).bool())
-            return Halves(torch.zeros(MULTIPROCESSORS, dtype=torch.uint8), second[0])
-
-        with mock.patch.object(l2_halves, "measure", measure):
-            return PackedWeights(matrices), second[0]
+        with mock.patch.object(l2_halves, "measure", lambda memory, dtype: Halves.at_random(memory)):
+            made = PackedWeights(matrices)
+        assert len(made.memory) % PAIR == made.memory.data_ptr() % PAIR == 0
+        return made, Halves.at_random(made.memory).second
 
     return pack
 
@@ -48,9 +42,8 @@ def test_every_block_finds_its_rows(packed):
     single = [(torch.randn(shape).to(torch.bfloat16),) for shape in shapes]
     twins = tuple(torch.randn(2048, 1024).to(torch.bfloat16) for _ in range(2))
     both, second = packed([*single, twins, single[0]])
-    assert (
-        len(both.memory) == sum(BLOCKS * units_of(m) * 4 * CHUNK_BYTES for m in (*single, twins)) == PAIR * len(second)
-    )
+    size = sum(BLOCKS * units_of(m) * 4 * CHUNK_BYTES for m in (*single, twins))  # each once
+    assert len(both.memory) == size == PAIR * len(second)
     for (matrix,) in single:
         share = -(-matrix.shape[0] // BLOCKS)
         for block in (0, 1, 6, 127):
@@ -79,7 +72,7 @@ def leads(sides, second, noise=100, bias=-80):
 
 
 def test_halves_are_told_apart():
-    """Up to which one is the first: that of block 0."""
+    """Up to which one is the first: that of multiprocessor 0."""
     generator = torch.Generator().manual_seed(2)
     sides, second = (torch.rand(n, generator=generator) < 0.5 for n in (132, 132 * 40 + 7))
     for flipped in (False, True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from unittest import mock
@@ -13,6 +12,7 @@ from emulated_kernels import Library
 from torch import Tensor
 
 from s1kernels.backends.cuda import l2_halves, persistent_frame
+from s1kernels.backends.cuda.l2_halves import Halves
 from s1kernels.backends.cuda.launch import Launch
 from s1kernels.draws import Draws
 from s1kernels.model import torch_ops
@@ -178,18 +178,6 @@ class Frame:
         return found
 
 
-def halves(seed: int) -> Callable[[Tensor, torch.dtype], l2_halves.Halves]:
-    """What l2_halves.measure might find: some half, for every multiprocessor and pair of chunks."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def measure(memory: Tensor, dtype: torch.dtype) -> l2_halves.Halves:
-        sides = torch.randint(0, 2, (l2_halves.MULTIPROCESSORS,), generator=generator, dtype=torch.uint8)
-        pairs = len(memory) // (2 * l2_halves.CHUNK_BYTES)
-        return l2_halves.Halves(sides, torch.randint(0, 2, (pairs,), generator=generator).bool())
-
-    return measure
-
-
 def run_frame(
     model: Model,
     library: Library,
@@ -221,7 +209,7 @@ def run_frame(
     weights = Weights(
         **{**vars(model.weights), **{n: aligned(getattr(model.weights, n)) for n in ("cos_sin", "fast_cos_sin")}}
     )
-    with mock.patch.object(l2_halves, "measure", halves(seed)):
+    with mock.patch.object(l2_halves, "measure", lambda memory, dtype: Halves.at_random(memory, seed)):
         copy = persistent_frame.Phases(config, weights, head).pack() if packed else None
     with library.bound(seed), mock.patch.object(persistent_frame, "l2_bytes", lambda device: 50 << 20):
         launches = persistent_frame.launches(

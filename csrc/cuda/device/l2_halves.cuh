@@ -18,7 +18,7 @@ __device__ __forceinline__ int multiprocessor() {
   return static_cast<int>(id % kMultiprocessors);
 }
 
-// As L2 has it, past L1.
+// As L2 has it, past L1; volatile, so that it stays between the clocks' readings.
 __device__ __forceinline__ uint32 load_cached(const uint32* at) {
   uint32 word;
   asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(word) : "l"(at) : "memory");

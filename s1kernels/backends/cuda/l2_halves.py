@@ -31,6 +31,14 @@ class Halves:
     sides: Tensor
     second: Tensor
 
+    @staticmethod
+    def at_random(memory: Tensor, seed: int = 0) -> Halves:
+        """Of memory as `measure` takes it, without measuring: for tests, and tools that disturb it. A frame's results
+        do not depend on halves."""
+        g, pairs = torch.Generator().manual_seed(seed), len(memory) // (2 * CHUNK_BYTES)
+        sides, second = (torch.randint(0, 2, (n,), generator=g, dtype=torch.uint8) for n in (MULTIPROCESSORS, pairs))
+        return Halves(sides.to(memory.device), second.to(memory.device).bool())
+
 
 def measure(memory: Tensor, dtype: torch.dtype) -> Halves | None:
     """The halves of uint8 memory, [pairs * 2 * CHUNK_BYTES] from a multiple of that on; some 15 ms a gigabyte. None if
@@ -47,8 +55,8 @@ def measure(memory: Tensor, dtype: torch.dtype) -> Halves | None:
 
 
 def told_apart(lead: Tensor, again: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
-    """By multiprocessor whether it is not at the half of number 0, and by pair whether its second chunk is not there;
-    None if that is not clear. A pair is measured by two neighbours in a ring of all, which so are told apart.
+    """By multiprocessor whether it is not at the half of number 0, and by pair whether its second chunk
+    is there; None if that is not clear. A pair is measured by two neighbours in a ring of all, which so are told apart.
 
     Args:
         lead: [pairs], by how many cycles a pair's first chunk answers before its second, to number pair % count.

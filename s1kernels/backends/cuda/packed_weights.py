@@ -32,29 +32,27 @@ class PackedWeights:
 
     def __init__(self, matrices: list[Matrices]) -> None:
         given = {_key(m): m for m in matrices}
-        head = matrices[0][0]
-        room = sum(BLOCKS * units_of(m) * UNIT_BYTES for m in given.values())
-        pair = 2 * CHUNK_BYTES
-        whole = torch.zeros(room + pair, dtype=torch.uint8, device=head.device)
+        like, pair, unit_bytes = matrices[0][0], 2 * CHUNK_BYTES, BLOCKS * UNIT_BYTES  # of all blocks
+        room = unit_bytes * sum(map(units_of, given.values()))
+        whole = torch.zeros(room + pair, dtype=torch.uint8, device=like.device)
         self.memory = whole[-whole.data_ptr() % pair :][:room]
-        halves = l2_halves.measure(self.memory, head.dtype)
+        halves = l2_halves.measure(self.memory, like.dtype)
         if halves is None:
             raise NoHalvesError("halves of L2 cannot be told apart on this GPU now")
         self.sides = halves.sides
-        bits = 1 << torch.arange(UNIT_CHUNKS, dtype=torch.uint8, device=head.device)
+        bits = 1 << torch.arange(UNIT_CHUNKS, dtype=torch.uint8, device=like.device)
         self._places: dict[tuple[int, ...], tuple[int, int]] = {}
-        tables, bytes_before, units_before = [], 0, 0
+        tables, before = [], 0
         for key, m in given.items():
             units = units_of(m)
-            size = BLOCKS * units * UNIT_BYTES
-            place = self.memory[bytes_before : bytes_before + size].view(head.dtype)
-            second = halves.second[bytes_before // pair : (bytes_before + size) // pair]
-            second = second.view(BLOCKS // 2, units, UNIT_CHUNKS)
+            start, end = before * unit_bytes, (before + units) * unit_bytes
+            place = self.memory[start:end].view(like.dtype)
+            second = halves.second[start // pair : end // pair].view(BLOCKS // 2, units, UNIT_CHUNKS)
             pairs = _rows_of_blocks(m).view(BLOCKS // 2, 2, units, UNIT_CHUNKS, -1).permute(0, 2, 3, 1, 4)
             place.view(pairs.shape).copy_(torch.where(second[..., None, None], pairs.flip(3), pairs))
             tables.append((second * bits).sum(-1, dtype=torch.uint8).T)
-            self._places[key] = place.data_ptr(), units_before
-            bytes_before, units_before = bytes_before + size, units_before + units
+            self._places[key] = place.data_ptr(), before
+            before += units
         self.near = pad(torch.cat(tables), (0, 0, 0, UNIT_CHUNKS))  # the kernel looks ahead
 
     def place(self, matrices: Matrices) -> tuple[int, int]:

@@ -153,9 +153,9 @@ class Phases:
             for i in reversed(range(len(self.list))):  # without weights: the number of the next phase's first unit
                 address, unit = packed.place(weights) if (weights := self.list[i].weights) else (0, unit)
                 places[i] = address, unit
-        before = accumulate(phase.units for phase in self.list)
+        before = accumulate((phase.units for phase in self.list), initial=0)
         shares = self.kept_shares(KEPT_IN_L2 * l2_bytes(device))
-        each = list(zip(self.list, places, [0, *before], shares, strict=False))
+        each = list(zip(self.list, places, before, shares, strict=False))
         data = b"".join(
             phase.as_struct(place, units, slots, share) for slots in SLOTS for phase, place, units, share in each
         )
