@@ -31,7 +31,7 @@ struct PersistentFrame : FrameDraws<T> {
     constexpr int kPieces = sizeof(Phase) / 8;
     if (p >= a.phase_count || this->lane() >= kPieces) return;
     copy_async8(reinterpret_cast<uint64*>(&s.phases[p % 8]) + this->lane(),
-                reinterpret_cast<const uint64*>(this->phase_list(a, s) + p) + this->lane());
+                reinterpret_cast<const uint64*>(a.phases + s.first_phase + p) + this->lane());
   }
 
   __device__ void run() {
@@ -123,20 +123,18 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
       barrier_init(s.full + i, 1);
       barrier_init(s.empty + i, kWorkers * kSayers);
     }
-    barrier_init(&s.past_full, 1);
     s.position = *a.position;
-    s.ring_slots = PersistentFrame<T>::ring_at(s.position);
+    s.first_phase = FrameStream<T>::first_phase(a, s.position);
     s.turn = *a.turn;
     const int attending = PersistentFrame<T>::attending_warps(s.position) * 32;
     begin_barrier(kSampling, kSamplerThreads);
-    begin_barrier(kLeaving, attending + 32);
     begin_barrier(kAttending, attending);
     barriers_visible();
   }
   __syncthreads();
   PersistentFrame<T>::begin_past(a, s);
   if (warp_id() == kWorkers) {
-    if (lane_id() < kCopyLanes) PersistentFrame<T>::stream(a, s);
+    if (lane_id() < kCopyLanes) FrameStream<T>::run(a, s);
     return;
   }
   PersistentFrame<T> frame{{{{{{a, s, {a.abandoned, false}, static_cast<int>(threadIdx.x)}}}}}};

@@ -113,6 +113,9 @@ PTX(barrier_arrive)(int number, int count, Site site) { barrier(number, count, f
 
 PTX(mbarrier_init_shared_b64)(uint32_t at, int arrivals, Site site) { mbarrier_init(word64(at, site), arrivals); }
 PTX(mbarrier_arrive_shared_b64)(uint32_t at, Site site) { mbarrier_arrive(word64(at, site), 0, site); }
+PTX(mbarrier_arrive_shared_b64)(uint32_t at, int times, Site site) {
+  while (times-- > 0) mbarrier_arrive(word64(at, site), 0, site);
+}
 PTX(mbarrier_arrive_shared_b64)(unsigned long long& state, uint32_t at, Site site) {
   state = mbarrier_arrive(word64(at, site), 0, site);
 }

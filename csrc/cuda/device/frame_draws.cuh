@@ -38,7 +38,7 @@ struct FrameDraws : FrameFastAttention<T> {
       if (lane() < 8) store_vec(s.begin[0] + word, x);  // the first of the fast stack's first two vectors
     };
     const Vec16 x = this->normed_operand(f, 1, false, this->norm_weights(f), keep, place);
-    RingCursor at{f.slot, f.parity, s.ring_slots};
+    RingCursor at{f.slot, f.parity};
     for (int step = 0; step * kRows < f.share; ++step, at.advance(kUnits)) {
       const int to = step % 2 * kRows;
       typename Base::template Held<2> held;

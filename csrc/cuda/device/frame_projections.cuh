@@ -1,4 +1,4 @@
-// The persistent frame kernel's stream of weights, and the phases that multiply them.
+// The persistent frame kernel's phases that multiply weights.
 //
 // A block multiplies its rows of a matrix, 8 of them a tile, on tensor cores. Every warp has a sixteenth of the columns
 // of all tiles; the warps' sums meet in shared memory. An mma takes 32 columns of a tile, 16 bytes a lane as they come:
@@ -10,7 +10,7 @@
 // multiplied are passed on in the operand's order: word 16s + 4t + 2m + h of 32 as word 16h + 4t + 2s + m.
 #pragma once
 
-#include "frame_state.cuh"
+#include "frame_stream.cuh"
 #include "rotary.cuh"
 
 namespace s1 {
@@ -24,75 +24,6 @@ struct FrameProjections {
   Shared<T>& s;
   Waiting waiting;
   int thread;  // threadIdx.x
-
-  // The first kCopyLanes lanes of the warp that streams the weights. They go in step, a unit each, so that none is a
-  // turn of the ring ahead of another. Where a unit's chunks lie is asked for a step ahead.
-  static __device__ void stream(const PersistentFrameArgs& a, Shared<T>& s) {
-    const int lane = lane_id();
-    const Phase* phases = phase_list(a, s);
-    const int slots = s.ring_slots;
-    const auto near_of = [&](int unit) -> uint32 { return a.near ? a.near[unit * kPairs + block() / 2] : 0; };
-    Phase next = phases[0];
-    uint32 coming = near_of(next.unit + lane);
-    for (int p = 0; p < a.phase_count; ++p) {
-      const Phase f = next;
-      const int under_way = f.kind == kHead          ? kUnderWayHead
-                            : a.near                 ? kUnderWayNear
-                            : slots == kSlotsFarther ? kUnderWayFarther
-                                                     : kUnderWay;
-      if (p + 1 < a.phase_count) next = phases[p + 1];
-      const uint64 policy = f.kept_share > 0.0f ? keep_share(f.kept_share) : pass_through();
-      RingCursor at = RingCursor{f.slot, f.parity, slots}.ahead(lane);
-      for (int u = lane; u - lane < f.units; u += kCopyLanes) {
-        const uint32 near = coming;
-        coming = near_of(u + kCopyLanes < f.units ? f.unit + u + kCopyLanes : next.unit + lane);
-        if (u < f.units) {
-          barrier_wait(s.empty + at.slot, at.parity ^ 1);
-          if (p > 0 || u >= under_way) {
-            RingCursor before = at;
-            before.retreat(under_way);
-            barrier_wait(s.full + before.slot, before.parity);
-          }
-          a.near ? copy_near(s, f, u, near, at.slot, policy) : copy_unit(s, f, u, at.slot, policy);
-        }
-        at.advance(kCopyLanes);
-        __syncwarp((1u << kCopyLanes) - 1);
-      }
-    }
-  }
-
-  // The rows of a block lie side by side. kSwiglu takes tiles of w1 and w3 by turns.
-  static __device__ __forceinline__ void copy_unit(Shared<T>& s, const Phase& f, int u, int slot, uint64 policy) {
-    const int row_bytes = f.slices * kRowBytes, at = (f.second ? u / 2 : u) * kUnitBytes;
-    const int bytes = max(0, min(kUnitBytes, rows_here(f) * row_bytes - at)), first = min(bytes, kPieceBytes);
-    const uint64 from = (f.second && u % 2 ? f.second : f.weight) + static_cast<int64>(first_row(f)) * row_bytes + at;
-    unsigned char* to = s.ring + slot * kSlotBytes;
-    barrier_expect(s.full + slot, bytes);
-    if (bytes > 0) bulk_copy(to, reinterpret_cast<const void*>(from), first, s.full + slot, policy);
-    if (bytes > first)
-      bulk_copy(to + kPiecePitch, reinterpret_cast<const void*>(from + first), bytes - first, s.full + slot, policy);
-  }
-  // The chunks of a packed unit that are near, each of a pair. `near` says of each pair which is the even block's.
-  static __device__ __forceinline__ void copy_near(Shared<T>& s, const Phase& f, int u, uint32 near, int slot,
-                                                   uint64 policy) {
-    const int left = f.chunks - u * kUnitChunks;
-    const int64 unit = static_cast<int64>(block() / 2) * ceil_div(f.chunks, kUnitChunks) + u;
-    const uint64 pairs = f.weight + unit * (2 * kUnitBytes);
-    if (block() % 2) near = ~near;
-    unsigned char* to = s.ring + slot * kSlotBytes;
-    barrier_expect(s.full + slot, max(0, min(left, kUnitChunks)) * kChunkBytes);
-#pragma unroll
-    for (int i = 0; i < kUnitChunks; ++i)
-      if (i < left)
-        bulk_copy(to + i / 2 * kPiecePitch + i % 2 * kChunkBytes,
-                  reinterpret_cast<const void*>(pairs + (2 * i + (near >> i & 1)) * kChunkBytes), kChunkBytes,
-                  s.full + slot, policy);
-  }
-
-  // The phases for the ring that is in use.
-  static __device__ __forceinline__ const Phase* phase_list(const PersistentFrameArgs& a, const Shared<T>& s) {
-    return a.phases + (s.ring_slots == kSlots ? 0 : s.ring_slots == kSlotsFar ? 1 : 2) * a.phase_count;
-  }
 
   __device__ __forceinline__ int lane() const { return static_cast<int>(static_cast<uint32>(thread) % 32); }
   __device__ __forceinline__ int warp() const { return static_cast<int>(static_cast<uint32>(thread) / 32); }
@@ -135,6 +66,12 @@ struct FrameProjections {
     __syncwarp();
     each_unit(units, [&](const RingCursor& u) { barrier_arrive(s.empty + u.slot); });
   }
+  // Gives them back for kWarps warps.
+  template <int kWarps>
+  __device__ __forceinline__ void release_for(const Units& units) const {
+    __syncwarp();
+    each_unit(units, [&](const RingCursor& u) { barrier_arrive<kWarps>(s.empty + u.slot); });
+  }
 
   struct Spot {
     int unit, bytes;  // the number of the unit, and how many bytes from the first one's begin on
@@ -147,13 +84,13 @@ struct FrameProjections {
     // at(i): where in the ring this lane's row is, from `first` bytes behind unit `unit` on.
     template <class At>
     __device__ __forceinline__ void load(const FrameProjections& frame, const RingCursor& unit, int first, At at) {
-      const int slot = unit.slot, slots = unit.slots;
+      const int slot = unit.slot;
       const unsigned char* here = frame.s.ring + slot * kSlotBytes + first + frame.warp() * 128 + frame.lane() % 4 * 16;
-      const unsigned char* wrapped = here - slots * kSlotBytes;
+      const unsigned char* wrapped = here - kSlots * kSlotBytes;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const Spot spot = at(i);
-        const unsigned char* from = (slot + spot.unit < slots ? here : wrapped) + spot.bytes;
+        const unsigned char* from = (slot + spot.unit < kSlots ? here : wrapped) + spot.bytes;
         part[i][0] = load_vec(from);
         part[i][1] = load_vec(from + 64);
       }
@@ -264,7 +201,7 @@ struct FrameProjections {
   __device__ __forceinline__ void project_normed(const Phase& f, int vectors, bool begins = false) {
     Held<kTiles> held;
     const Vec16 weights = norm_weights(f);
-    const Units own = units({f.slot, f.parity, s.ring_slots}, kTiles);
+    const Units own = units({f.slot, f.parity}, kTiles);
     await(own);
     load_tiles(held, own.first);
     release(own);
@@ -291,7 +228,7 @@ struct FrameProjections {
   __device__ __forceinline__ void project_residual(const Phase& f, Ask ask, Take take, Sum sum = {}) {
     Held<kSlices> held;
     Vec16 x[kSlices];
-    const Units own = units({f.slot, f.parity, s.ring_slots}, kSlices);
+    const Units own = units({f.slot, f.parity}, kSlices);
     const int first = held_row<kSlices>() * kSlices;  // of this lane's slices
     const int vectors = now(f.vectors);
     await(own);

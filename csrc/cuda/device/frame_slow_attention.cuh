@@ -1,5 +1,5 @@
-// The persistent frame kernel's slow attention at long contexts, its positions shared out among the blocks, and what
-// of slow attention depends on the position; the projections behind it.
+// The persistent frame kernel's slow attention at long contexts, where the blocks share the past out and stream it, and
+// what of slow attention depends on the position; the projections behind it.
 #pragma once
 
 #include "frame_whole_attention.cuh"
@@ -13,90 +13,39 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
   using Base::kRowWords;
   using Base::lane;
   using Base::s;
-  using Base::thread;
   using Base::waiting;
   using Base::warp;
 
-  static constexpr int kRuns = 8;
-
-  // This block's share of the positions of a slow head. Shared memory holds up to kNear of them, sixteen a warp, for a
-  // round: eight runs of them, two of each run a warp's, so that a matrix's rows come from eight runs; these lie 16
-  // bytes out of step with each other, so that they are read without bank conflicts.
-  struct Share {
-    int head, split, length, chunk, begin, end, warps, run, rounds;
-
-    __device__ __forceinline__ explicit Share(int position) {
-      const int block = Base::block();
-      head = block / kSplits;
-      split = block % kSplits;
-      length = position + 1;
-      chunk = ceil_div(ceil_div(length, kSplits), kChunkStep) * kChunkStep;
-      begin = split * chunk;
-      end = min(begin + chunk, length);
-      warps = min(chunk, kNear) / kChunkStep;
-      run = warps * (kChunkStep / kRuns);
-      rounds = begin < end ? ceil_div(end - begin, kNear) : 0;
-    }
-    // From one run to the next in shared memory, in words; from the first to the frame's own row, behind the runs; from
-    // keys to values.
-    __device__ __forceinline__ int stride() const { return run * kRowWords + 4; }
-    __device__ __forceinline__ int fresh_row() const { return kRuns * stride(); }
-    __device__ __forceinline__ int side() const { return fresh_row() + kRowWords; }
-    // What lies behind the ring: keys and values, then by warp and head its query, then its part of the result with
-    // total and top.
-    __device__ __forceinline__ uint32* past(Shared<T>& s, int side) const {
-      return reinterpret_cast<uint32*>(s.pool + s.ring_slots * kSlotBytes) + side * this->side();
-    }
-    __device__ __forceinline__ T* query(Shared<T>& s, int warp, int head) const {
-      return reinterpret_cast<T*>(past(s, 2)) + (warp * 2 + head) * (kSlowDim + 8);
-    }
-    __device__ __forceinline__ float* part(Shared<T>& s, int warp, int head) const {
-      return reinterpret_cast<float*>(query(s, warps, 0)) + (warp * 2 + head) * (kSlowDim + 2);
-    }
+  // Behind the ring: by warp the query of both heads, then its part of the result with total and top; the last part is
+  // that of the frame's own position.
+  struct __align__(16) Sums {
+    float element[kSlowDim];
+    float2 known;  // total and top
   };
-  template <int kRing, int kWarps>
-  static constexpr bool kFits = kRing * kSlotBytes + 2 * ((kWarps * kChunkStep + 1) * kRowWords + kRuns * 4) * 4 +
-                                    kWarps * 2 * ((kSlowDim + 8) * 2 + (kSlowDim + 2) * 4) <=
-                                kPoolBytes;
-  // The ring that leaves the past its room at a position.
-  static __device__ __forceinline__ int ring_at(int position) {
-    static_assert(Base::template kRoomFits<1, kSlots, kWorkers - 1> &&
-                  Base::template kRoomFits<kMostParts, kSlots, 8> &&
-                  Base::template kRoomFits<kMostParts, kSlotsFar, kWorkers - 1>);
-    static_assert(kFits<kSlotsFar, 4> && kFits<kSlotsFarther, kNearWarps>);
-    if (position <= kMostParts * 8 * kChunkStep) return kSlots;  // eight warps of each part, or one part
-    return position <= kParted || Share(position).warps <= 4 ? kSlotsFar : kSlotsFarther;
-  }
-  // Warps of this block that attend, but for the one that copies the past.
+  union Room {
+    T query[2][kSlowDim + 8];
+    Sums sums[2];
+  };
+  __device__ __forceinline__ Room* room() const { return reinterpret_cast<Room*>(s.pool + kSlots * kSlotBytes); }
+  static_assert(kSlots * kSlotBytes + (kWorkers + 1) * sizeof(Room) <= kPoolBytes);
+
+  // Warps that leave sums, of this block.
   static __device__ __forceinline__ int attending_warps(int position) {
     return position <= kWhole    ? Base::template past<1>(position).warps() + 1
            : position <= kParted ? Base::template past<kMostParts>(position).warps() + 1
-                                 : Share(position).warps;
+                                 : sharing_warps(PastShare(position));
+  }
+  static __device__ __forceinline__ int sharing_warps(const PastShare& mine) {
+    return min(mine.warps() + mine.has_own(), kWorkers);
   }
 
-  // Starts to copy what the first layer attends to. Every warp calls it.
+  // Starts to copy what the first layer attends to, if it is not streamed. Every warp calls it.
   static __device__ __forceinline__ void begin_past(const PersistentFrameArgs& a, Shared<T>& s) {
     if (s.position <= kWhole) {
       Base::template begin_parts<1>(a, s, warp_id(), lane_id());
     } else if (s.position <= kParted) {
       Base::template begin_parts<kMostParts>(a, s, warp_id(), lane_id());
-    } else if (warp_id() == 0) {
-      copy_past(a, s, 0, 0);
     }
-  }
-
-  // Starts to copy a round's keys and values of a layer, the frame's own but for. One warp.
-  static __device__ __forceinline__ void copy_past(const PersistentFrameArgs& a, Shared<T>& s, int layer, int round) {
-    const Share mine(s.position);
-    if (layer >= a.slow_layers || mine.rounds == 0) return;
-    const int side = lane_id() / kRuns, first = mine.begin + round * kNear, skipped = lane_id() % kRuns * mine.run;
-    const int rows = max(0, min(min(mine.end, s.position) - first, kNear)), taken = min(rows - skipped, mine.run);
-    if (lane_id() == 0) barrier_expect(&s.past_full, 2 * rows * kRowWords * 4);
-    __syncwarp();
-    if (side < 2 && taken > 0)
-      bulk_copy(mine.past(s, side) + lane_id() % kRuns * mine.stride(),
-                Base::rows(a, layer, side) + static_cast<int64>(first + skipped) * kSlowDim, taken * kRowWords * 4,
-                &s.past_full, pass_through());
   }
 
   // Slow attention.
@@ -108,180 +57,264 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
     combine(f);
   }
 
-  // First half: this block has a sixteenth of the positions of one key/value head. The first round of them has been
-  // copied to shared memory since the layer before; warp kNearWarps copies the next. Every other warp takes the two
-  // query heads for itself.
+  // First half: this block has a part of the positions of one key/value head, of which a warp has sixteen at a time;
+  // the last warp of the last part has the frame's own as well. The first warps merge.
   __device__ __forceinline__ void attend_share(const Phase& f) {
-    constexpr int kHeads = 2 * (kBlocks / kSplits);
-    const float scale = rsqrtf(static_cast<float>(kSlowDim)) * kLog2e;
-    const int warp = this->warp(), lane = this->lane(), here = s.position;
-    const Share mine(here);
-    if (mine.rounds == 0 || (warp >= mine.warps && warp != kNearWarps)) return;
-    if (warp == kNearWarps) {
-      for (int round = 1; round <= mine.rounds; ++round) {
-        sync_past(mine.warps);
-        copy_past(a, s, f.layer + round / mine.rounds, round % mine.rounds);
-      }
-      return;
-    }
-    const int g = mine.head, side = lane / 16, column = lane % 16 * 8;
-    // Whether the frame's own position is this warp's.
-    const bool last = mine.end == mine.length && (here - mine.begin) % kNear % mine.run / 2 == warp;
-    const auto norm_weight = [&](int of) { return reinterpret_cast<const T*>(a.norms[2 * f.layer + of]); };
-    const T *q_weight = norm_weight(0), *k_weight = norm_weight(1);
-    const Vec16 angles = load_vec(static_cast<const T*>(a.cos_sin) + static_cast<int64>(here) * kSlowDim + column);
-    const Vec16 q_weights = q_weight ? load_vec(q_weight + column) : Vec16{};
-    const Vec16 k_weights = last && k_weight ? load_vec(k_weight + column) : Vec16{};
-    const int query_row = 2 * g + side, fresh_row = kHeads + side * (kHeads / 2) + g;
-    const uint32* from = a.words + f.in + query_row * kRowWords + column / 2;
-    Vec16 x[2];
-    if (last) {
-      waiting.take4s(from, (fresh_row - query_row) * kRowWords, x);
-    } else {
-      x[0] = waiting.take4(from);
-    }
-    __syncwarp();
-    x[0] = norm_rotary<T, kSlowDim>(x[0], q_weight != nullptr, q_weights, angles, a.eps);
-    store_vec(mine.query(s, warp, side) + column, x[0]);
-    if (last) {
-      const Vec16 key = norm_rotary<T, kSlowDim>(x[1], k_weight != nullptr, k_weights, angles, a.eps);
-      const Vec16 fresh = side == 0 ? key : x[1];
-      store_vec(mine.past(s, side) + mine.fresh_row() + column / 2, fresh);
-    }
-    __syncwarp();
-    // Operand rows g and g + 8 of all products belong to head g / 4 and columns 32 * (g % 4) on. Scores: rows g have
-    // the even pieces of the query, rows g + 8 the odd ones. Values: rows g have the high part of the weights, rows g +
-    // 8 the low part; each product has half of its inner indices for 32 of the columns and half for 32 others, with
-    // zeros in the rows whose columns they are not.
-    const int row = lane % 8, matrix = lane / 8, t = lane % 4, group = lane / 4 % 4;
-    const uint32 query_at = shared_address(mine.query(s, warp, row / 4) + matrix * 8);
-    const uint32 past = shared_address(mine.past(s, 0));
-    float top = -infinity(), total = 0.0f, sum[4][4] = {};
-#pragma unroll 1
-    for (int round = 0; round < mine.rounds; ++round) {
-      // The warp's first position, and how many there are from it on in the round.
-      const int before = mine.begin + round * kNear + 2 * warp, near = min(mine.end - before, kNear - 2 * warp);
-      barrier_wait(&s.past_full, (f.layer * mine.rounds + round) & 1);
-      __syncwarp();
-      if (near > 0) {
-        float score[2][2], higher = -infinity();
-        uint32 at[2];
-        Vec16 query[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) query[j] = load_matrices(query_at + j * 64);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int place = row * mine.run + i;  // if it is not there, the warp's first instead
-          const uint32 kept =
-              past + (place < near ? row * mine.stride() + (2 * warp + i) * kRowWords : 2 * warp * kRowWords) * 4;
-          at[i] = before + (place < near ? place : 0) == here ? past + mine.fresh_row() * 4 : kept;
-          float even[4] = {}, odd[4] = {};
-          Vec16 key[4];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) key[j] = load_matrices(at[i] + (matrix % 2 * 2 + matrix / 2) * 16 + j * 64);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const Vec16 &q = query[j], &k = key[j];
-            Mma<T>::add(even, q.word[0], q.word[1], q.word[2], q.word[3], k.word[0], k.word[1]);
-            Mma<T>::add(odd, q.word[0], q.word[1], q.word[2], q.word[3], k.word[2], k.word[3]);
-          }
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            score[i][e] = (2 * t + e) * mine.run + i < near ? even[e] + odd[2 + e] : -infinity();
-            higher = fmaxf(higher, score[i][e]);
-          }
-        }
-        higher = fmaxf(top, warp_max<4>(higher) * scale);
-        if (round > 0) {
-          const float keep = exp2_of(top - higher);
-          total *= keep;
-#pragma unroll
-          for (int e = 0; e < 16; ++e) sum[e / 4][e % 4] *= keep;
-        }
-        top = higher;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          Vec16 value[4];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) value[j] = load_transposed(at[i] + mine.side() * 4 + matrix * 64 + j * 16);
-          const float p = exp2_of(fmaf(score[i][0], scale, -top)), q = exp2_of(fmaf(score[i][1], scale, -top));
-          total += p + q;
-          const uint32 high = pack<T>(p, q);
-          const float2 taken = unpack<T>(high);
-          const uint32 rest = pack<T>(p - taken.x, q - taken.y);
-#pragma unroll
-          for (int pair = 0; pair < 2; ++pair) {
-            const bool low = group == 2 * pair, up = group == 2 * pair + 1;
-            const uint32 w[4] = {low ? high : 0, low ? rest : 0, up ? high : 0, up ? rest : 0};
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              const Vec16& v = value[j];
-              Mma<T>::add(sum[j], w[0], w[1], w[2], w[3], v.word[2 * pair], v.word[2 * pair + 1]);
-            }
-          }
-        }
-      }
-      __syncwarp();
-      leave_past(mine.warps);
-    }
-    put_parts(f, mine, sum, warp_sum<4>(total), top);
-    if (last) {
-      const Vec16 fresh = load_vec(mine.past(s, side) + mine.fresh_row() + column / 2);
-      store_vec(Base::rows(a, f.layer, side) + static_cast<int64>(here) * kSlowDim + column, fresh);
+    if (warp() < PastShare(s.position).warps()) attend_groups(f);
+    const PastShare mine(s.position);
+    if (mine.begin == mine.end && !mine.has_own()) return;
+    const bool own = mine.has_own() && warp() == kWorkers - 1;
+    if (own) attend_own_position(f);
+    if (warp() < kMergers) {
+      sync_attending(sharing_warps(mine));
+      merge_sums(f);
+    } else if (own || warp() < mine.warps()) {
+      leave_sums(sharing_warps(mine));
     }
   }
 
-  // Puts what the block found where the blocks that combine look for it. A lane has of head lane / 16, as sums of two,
-  // columns 32 * group + 8j + 2t and the next.
-  __device__ __forceinline__ void put_parts(const Phase& f, const Share& mine, const float (&sum)[4][4], float total,
-                                            float top) {
-    const int head = lane() / 16, group = lane() / 4 % 4, t = lane() % 4;
-    float* to = mine.part(s, warp(), head);
+  // This lane's elements of a vector of one of two heads.
+  __device__ __forceinline__ int side() const { return lane() / 16; }
+  __device__ __forceinline__ int column() const { return lane() % 16 * 8; }
+  __device__ __forceinline__ const uint32* share_words(const Phase& f, int row) const {
+    return a.words + (f.in + row * kRowWords + column() / 2);
+  }
+  // What makes queries (of = 0) or keys (of = 1) of the lane's eight elements.
+  struct WideTurn {
+    bool normed;
+    Vec16 weights;
+    const uint32* angles;  // in L1, since all layers want them
+
+    __device__ __forceinline__ WideTurn(const PersistentFrameArgs& a, int layer, int of, int position, int column) {
+      const T* from = reinterpret_cast<const T*>(a.norms[2 * layer + of]);
+      normed = from != nullptr;
+      const uint32 ones = pack<T>(1.0f, 1.0f);
+      weights = normed ? load_vec(from + column) : Vec16{{ones, ones, ones, ones}};
+      angles = static_cast<const uint32*>(a.cos_sin) + (static_cast<int64>(position) * kSlowDim + column) / 2;
+    }
+    // rotary(norm(x)), rounded. All lanes call it. Two elements at a time, since there are few registers.
+    __device__ __forceinline__ Vec16 operator()(Vec16 x, float eps) const {
+      float square = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 v = unpack<T>(x.word[i]);
+        square = fmaf(v.x, v.x, fmaf(v.y, v.y, square));
+        asm volatile("" : "+r"(x.word[i]));
+      }
+      const float scale = normed ? rsqrtf(warp_sum<16>(square) / kSlowDim + eps) : 1.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 v = unpack<T>(x.word[i]), n = unpack<T>(weights.word[i]);
+        const float2 y = rotated({v.x * (scale * n.x), v.y * (scale * n.y)}, unpack<T>(angles[i]));
+        x.word[i] = pack<T>(y.x, y.y);
+      }
+      return x;
+    }
+  };
+
+  // What a warp has of the softmax. A lane has of head side(), as sums of two, columns 32 * (lane / 4 % 4) + 8j + 2t
+  // and the next.
+  struct Running {
+    float top = -infinity(), total = 0.0f, sum[4][4] = {};
+  };
+  // Every second group. Before a slot comes again, all have to know that its last unit had come.
+  __device__ __forceinline__ void attend_groups(const Phase& f) {
+    using Share = PastShare;
+    Running found;
+    attend_group<true>(f, warp() / Share::kGroupWarps, found);
+#pragma unroll 1
+    for (int before = Share::kGroups; before * Share::kGroupUnits < f.units; before += Share::kGroups) {
+      sync_workers();
+      this->forget_thread();
+      const int group = before + warp() / Share::kGroupWarps;
+      if (group * Share::kGroupUnits < f.units) attend_group<false>(f, group, found);
+    }
+    const float total = warp_sum<4>(found.total);
+    __syncwarp();
+    Sums& to = room()[warp()].sums[side()];
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      *reinterpret_cast<float2*>(to + group * 32 + j * 8 + 2 * t) = {sum[j][0] + sum[j][2], sum[j][1] + sum[j][3]};
-    if (lane() % 16 == 0) *reinterpret_cast<float2*>(to + kSlowDim) = {total, top};
-    sync_attending(mine.warps);
-#pragma unroll 1
-    for (int i = thread; i < kSlowDim; i += mine.warps * 32) {  // two elements each
-      const int h = i / (kSlowDim / 2), d = i % (kSlowDim / 2) * 2;
-      float2 known[kNearWarps], y{0.0f, 0.0f};  // total and top
-      float most = -infinity(), all = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kNearWarps; ++w) {
-        known[w] = {0.0f, -infinity()};
-        if (w < mine.warps) known[w] = *reinterpret_cast<const float2*>(mine.part(s, w, h) + kSlowDim);
-        most = fmaxf(most, known[w].y);
-      }
-#pragma unroll
-      for (int w = 0; w < kNearWarps; ++w) {
-        if (w >= mine.warps) break;
-        const float weight = exp2_of(known[w].y - most);
-        const float2 v = *reinterpret_cast<const float2*>(mine.part(s, w, h) + d);
-        all = fmaf(weight, known[w].x, all);
-        y = {fmaf(weight, v.x, y.x), fmaf(weight, v.y, y.y)};
-      }
-      uint32* out = part_for(mine, h * 8 + d / 16);
-      put_tagged2(out + d % 16 * 2, y.x, y.y, tag(f));
-      if (d % 16 == 0) put_tagged2(out + 32, all, most, tag(f));
+      *reinterpret_cast<float2*>(to.element + lane() / 4 % 4 * 32 + j * 8 + lane() % 4 * 2) = {
+          found.sum[j][0] + found.sum[j][2], found.sum[j][1] + found.sum[j][3]};
+    if (column() == 0) to.known = {total, found.top};
+  }
+
+  // The rows of a group that this warp has: `first` and the next of every run, those that are among the first `near`
+  // positions from there on.
+  struct GroupRows {
+    int first, near;
+
+    __device__ __forceinline__ GroupRows(const FrameSlowAttention& frame, int group) {
+      const PastShare mine(frame.s.position);
+      first = frame.warp() % PastShare::kGroupWarps * 2;
+      near = mine.end - mine.begin - group * PastShare::kGroupPositions - first;
     }
+    __device__ __forceinline__ bool has(int run, int i) const { return run * PastShare::kRunRows + i < near; }
+    // Where a matrix's row, of run lane % 8, is in shared memory; if it is not there, the warp's first instead.
+    __device__ __forceinline__ uint32 place(const FrameSlowAttention& frame, const RingCursor& unit, int i) const {
+      using Share = PastShare;
+      const bool here = has(frame.lane() % 8, i);
+      const int run = here ? frame.lane() % 8 : 0, slot = unit.ahead(run / Share::kUnitRuns).slot;
+      return shared_address(frame.s.ring) + slot * kSlotBytes + Share::run_at(run) +
+             (first + (here ? i : 0)) * Share::kPositionBytes;
+    }
+  };
+  // Of matrix lane / 8, for row i: 32 of the keys' columns, by turns their even and odd pieces; of the values'.
+  __device__ __forceinline__ Vec16 load_key(uint32 place, int j) const {
+    const int matrix = lane() / 8;
+    return load_matrices(place + (matrix % 2 * 2 + matrix / 2) * 16 + j * 64);
+  }
+  __device__ __forceinline__ Vec16 load_value(uint32 place, int j) const {
+    return load_transposed(place + kPiecePitch + lane() / 8 * 64 + j * 16);
+  }
+
+  // Two rows of every run of a group, which is given back before the query is waited for. Operand rows g and g + 8 of
+  // all products belong to head g / 4 and columns 32 * (g % 4) on. Scores: rows g have the even pieces of the query,
+  // rows g + 8 the odd ones. Values: rows g have the high part of the weights, rows g + 8 the low part; each product
+  // has half of its inner indices for 32 of the columns and half for 32 others, with zeros in the rows whose columns
+  // they are not.
+  template <bool kFirst>
+  __device__ __forceinline__ void attend_group(const Phase& f, int number, Running& found) {
+    using Share = PastShare;
+    constexpr int kTimes = kWorkers / Share::kGroupWarps;  // that a warp gives a unit back
+    const float scale = rsqrtf(static_cast<float>(kSlowDim)) * kLog2e;
+    const int before = number * Share::kGroupUnits;
+    const uint32 slot = static_cast<uint32>(f.slot + before), turns = slot / kSlots;
+    const typename Base::Units units = this->units({static_cast<int>(slot % kSlots), f.parity ^ (turns & 1)},
+                                                   min(f.units - before, Share::kGroupUnits));
+    Vec16 key[2][4], value[2][4];
+    uint32 at[2];
+    {
+      const GroupRows rows(*this, number);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) at[i] = rows.place(*this, units.first, i);
+      this->await(units);
+      if (rows.near <= 0) return this->template release_for<kTimes>(units);
+    }
+    if constexpr (kFirst) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        key[i / 4][i % 4] = load_key(at[i / 4], i % 4);
+        value[i / 4][i % 4] = load_value(at[i / 4], i % 4);
+      }
+      this->template release_for<kTimes>(units);
+      const WideTurn turn(a, f.layer, 0, s.position, column());
+      const Vec16 query = turn(waiting.take4(share_words(f, Base::key_head() * 2 + side())), a.eps);
+      __syncwarp();
+      store_vec(room()[warp()].query[side()] + column(), query);
+      __syncwarp();
+    }
+    const GroupRows rows(*this, number);
+    const int lane = this->lane(), t = lane % 4, group = lane / 4 % 4;
+    const uint32 query_at = shared_address(room()[warp()].query[lane % 8 / 4]) + lane / 8 * 16;
+    float score[2][2], top = found.top;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float even[4] = {}, odd[4] = {};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const Vec16 q = load_matrices(query_at + j * 64), k = kFirst ? key[i][j] : load_key(at[i], j);
+        Mma<T>::add(even, q.word[0], q.word[1], q.word[2], q.word[3], k.word[0], k.word[1]);
+        Mma<T>::add(odd, q.word[0], q.word[1], q.word[2], q.word[3], k.word[2], k.word[3]);
+      }
+#pragma unroll
+      for (int e = 0; e < 2; ++e) score[i][e] = rows.has(2 * t + e, i) ? even[e] + odd[2 + e] : -infinity();
+    }
+    const float most = warp_max<4>(fmaxf(fmaxf(score[0][0], score[0][1]), fmaxf(score[1][0], score[1][1])));
+    top = fmaxf(top, most * scale);
+    if constexpr (!kFirst) {
+      const float keep = exp2_of(found.top - top);
+      found.total *= keep;
+#pragma unroll
+      for (int e = 0; e < 16; ++e) found.sum[e / 4][e % 4] *= keep;
+    }
+    found.top = top;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float p = exp2_of(fmaf(score[i][0], scale, -top)), q = exp2_of(fmaf(score[i][1], scale, -top));
+      found.total += p + q;
+      const uint32 high = pack<T>(p, q);
+      const float2 taken = unpack<T>(high);
+      const uint32 rest = pack<T>(p - taken.x, q - taken.y);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const Vec16 v = kFirst ? value[i][j] : load_value(at[i], j);
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          const bool low = group == 2 * pair, up = group == 2 * pair + 1;
+          Mma<T>::add(found.sum[j], low ? high : 0, low ? rest : 0, up ? high : 0, up ? rest : 0, v.word[2 * pair],
+                      v.word[2 * pair + 1]);
+        }
+      }
+    }
+    if constexpr (!kFirst) this->template release_for<kTimes>(units);
+  }
+
+  // The frame's own position, whose key and value this block keeps.
+  __device__ __forceinline__ void attend_own_position(const Phase& f) {
+    const WideTurn q_turn(a, f.layer, 0, s.position, column()), k_turn(a, f.layer, 1, s.position, column());
+    const int head = Base::key_head(), query_row = 2 * head + side();
+    const int fresh_row = Base::kQueryHeads + side() * Base::kKeyHeads + head;
+    Vec16 x[2], key, value;
+    waiting.take4s(share_words(f, query_row), (fresh_row - query_row) * kRowWords, x);
+    __syncwarp();
+    const Vec16 turned = k_turn(x[1], a.eps);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      key.word[i] = __shfl_sync(kAllLanes, turned.word[i], lane() % 16);
+      value.word[i] = __shfl_sync(kAllLanes, x[1].word[i], lane() % 16 + 16);
+    }
+    float q[8], v[8];
+    unpack8<T>(q_turn(x[0], a.eps), q);
+    const float score = head_dot<T, kSlowDim>(q, key);
+    unpack8<T>(value, v);
+    Sums& to = room()[kWorkers].sums[side()];
+    *reinterpret_cast<float4*>(to.element + column()) = {v[0], v[1], v[2], v[3]};
+    *reinterpret_cast<float4*>(to.element + column() + 4) = {v[4], v[5], v[6], v[7]};
+    if (column() == 0) to.known = {1.0f, score * (rsqrtf(static_cast<float>(kSlowDim)) * kLog2e)};
+    if (side() != 0) return;
+    const int64 at = static_cast<int64>(s.position) * kSlowDim + column();
+    store_vec(cached_rows<T>(a, f.layer, 0) + at, key);
+    store_vec(cached_rows<T>(a, f.layer, 1) + at, value);
+  }
+
+  // Puts what the block found where the blocks that combine look for it: a warp half of a head's elements, two a lane.
+  static constexpr int kMergers = 4;
+  __device__ __forceinline__ void merge_sums(const Phase& f) {
+    const PastShare mine(s.position);
+    const int head = warp() / 2, d = (warp() % 2 * kWarp + lane()) * 2;
+    const bool left = lane() < mine.warps() || (lane() == kWorkers && mine.has_own());
+    const float2 known = left ? room()[lane()].sums[head].known : float2{0.0f, -infinity()};
+    const float top = warp_max(known.y), weight = exp2_of(known.y - top), total = warp_sum(weight * known.x);
+    float2 y{0.0f, 0.0f};
+    const auto add = [&](int part) {
+      const float by = __shfl_sync(kAllLanes, weight, part);
+      const float2 v = *reinterpret_cast<const float2*>(room()[part].sums[head].element + d);
+      y = {fmaf(by, v.x, y.x), fmaf(by, v.y, y.y)};
+    };
+#pragma unroll 4
+    for (int w = 0; w < mine.warps(); ++w) add(w);
+    if (mine.has_own()) add(kWorkers);
+    uint32* to = part_for(mine, head * 8 + d / 16);
+    put_tagged2(to + d % 16 * 2, y.x, y.y, tag(f));
+    if (d % 16 == 0) put_tagged2(to + 32, total, top, tag(f));
   }
   __device__ __forceinline__ uint32 tag(const Phase& f) const {
     return s.turn * static_cast<uint32>(a.slow_layers) + static_cast<uint32>(f.layer) + 1u;
   }
   // This block's part of what the reader'th block of its head combines: 16 elements, the total and the top.
-  __device__ __forceinline__ uint32* part_for(const Share& mine, int reader) const {
-    return a.parts + ((mine.head * kSplits + reader) * kSplits + mine.split) * kPartWords;
+  __device__ __forceinline__ uint32* part_for(const PastShare& mine, int reader) const {
+    return a.parts + ((mine.head * kSplits + reader) * kSplits + mine.part) * kPartWords;
   }
 
   // Second half: this block merges the parts of sixteen elements of one query head: four a lane of half a warp, whose
   // lanes have a part each. No other block reads these words.
   __device__ __forceinline__ void combine(const Phase& f) {
     if (warp() >= 2) return;
-    const Share mine(s.position);
+    const PastShare mine(s.position);
     const int first = warp() * 8 + lane() / kSplits * 4, part = lane() % kSplits;
     float2 x[3] = {{0.0f, -infinity()}, {0.0f, 0.0f}, {0.0f, 0.0f}};
-    if (part * mine.chunk < mine.length) {
+    if (part * mine.chunk < s.position || part == kSplits - 1) {
       const uint32* from = a.parts + (Base::block() * kSplits + part) * kPartWords;
       waiting.take_tagged2s({from + 32, from + first * 2, from + first * 2 + 4}, tag(f), x);
     }
@@ -291,7 +324,7 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
     float y[4] = {x[1].x, x[1].y, x[2].x, x[2].y};
 #pragma unroll
     for (int e = 0; e < 4; ++e) y[e] = warp_sum<kSplits>(weight * y[e]) * inverse;
-    const int row = (2 * mine.head + mine.split / 8) * kSlowDim + mine.split % 8 * 16 + first;
+    const int row = (2 * mine.head + mine.part / 8) * kSlowDim + mine.part % 8 * 16 + first;
     uint32* to = a.words + f.out + this->operand_order(row / 2 + part);
     if (part < 2) put_word(to, part == 0 ? pack<T>(y[0], y[1]) : pack<T>(y[2], y[3]));
   }

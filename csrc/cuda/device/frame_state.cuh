@@ -12,23 +12,20 @@ namespace s1 {
 
 constexpr int kBlocks = 128, kPairs = kBlocks / 2;
 constexpr int kWorkers = 16;  // warps that compute
-// Units in the ring; at long contexts the past's keys and values need the room.
-constexpr int kSlots = 10, kSlotsFar = 9, kSlotsFarther = 6;
-// Of these, that are copied at a time: as few as keep memory busy, since copies stand in the words' way, less so if
-// they come from the near half of L2. A short ring must catch up after every phase; the head passes on nothing.
-constexpr int kUnderWay = 2, kUnderWayFarther = 3, kUnderWayNear = 3, kUnderWayHead = 6;
+// Units of the ring that are copied at a time: as few as keep memory busy, since copies stand in the words' way, less
+// so if they come from the near half of L2. The head passes on nothing.
+constexpr int kUnderWay = 2, kUnderWayNear = 3, kUnderWayPast = 4, kUnderWayHead = 6;
 constexpr int kSayers = S1_RACECHECK ? 32 : 1;    // lanes of a warp that wait for a unit, and that give it back
 constexpr int kCopyLanes = S1_RACECHECK ? 1 : 2;  // that copy units
 constexpr int kWidth = 1024;                      // C of both stacks
-constexpr int kSplits = kBlocks / 8;              // parts of a slow head's positions
+constexpr int kSplits = kBlocks / 8;              // blocks of a slow key/value head, parts of its positions
 constexpr int kSlowDim = 128, kFastDim = 64;      // D
-constexpr int kChunkStep = 16;                    // a split's positions are a multiple of it
-constexpr int kNear = 128;                        // of them that shared memory holds at a time
-constexpr int kNearWarps = kNear / kChunkStep;
-constexpr int kPoolBytes = 188544;  // of shared memory: the ring, and what lies behind it
-// Past positions up to which a block takes all of a head's, a step a warp; and up to which one of kMostParts parts,
-// by fewer warps, since parts of more cost more than a second exchange.
-constexpr int kMostParts = 4, kWhole = (kWorkers - 1) * kChunkStep, kParted = kMostParts * 12 * kChunkStep;
+constexpr int kChunkStep = 16;                    // positions that a warp attends to at a time
+constexpr int kPoolBytes = 190336;                // of shared memory: the ring, and what lies behind it
+// Past positions up to which a block takes all of a head's, a step a warp; and up to which one of kMostParts parts, by
+// as many warps as there is room for. Beyond, the past is streamed (PastShare).
+constexpr int kMostParts = 4, kWholeWarps = kWorkers - 1, kPartWarps = 8;
+constexpr int kWhole = kWholeWarps * kChunkStep, kParted = kMostParts * kPartWarps * kChunkStep;
 constexpr int kPartWords = 2 * (16 + 2);     // of 16 elements, with total, top and tags
 constexpr int kFastQkvRows = 32 * kFastDim;  // 16 query, 8 key and 8 value heads
 constexpr int kPlaces = 12;                  // fast positions at most
@@ -54,7 +51,7 @@ struct Phase {
   int slices;
   int layer;         // of its stack
   int position;      // of the first vector in the fast stack; of kFastHead: the number of the code that is drawn
-  int units;         // of the ring, in every block; whole steps of kHead
+  int units;         // of the ring, in every block; whole steps of kHead; of kAttend: of the past
   int chunks;        // packed: of these units, that hold weights
   int unit;          // packed: the first one's number among those of all matrices; without any, of the next phase's
   int past;          // of kFastOutput: word offset of all positions' qkv of the layer that comes next
@@ -116,7 +113,7 @@ struct PersistentFrameArgs {
 
 // Barriers among some of a block's warps. Not the aligned kind: a warp may arrive in pieces, after polls that took its
 // lanes different times.
-enum Barrier { kWorking = 1, kSampling, kLeaving, kAttending, kBarriers };
+enum Barrier { kWorking = 1, kSampling, kAttending, kBarriers };
 
 #if S1_RACECHECK  // compute-sanitizer loses count of more than one named barrier: mbarriers, but for the workers'
 __device__ __forceinline__ uint64* barrier_of(Barrier b) {
@@ -150,12 +147,9 @@ __device__ __forceinline__ void meet(Barrier b, int threads) {
 __device__ __forceinline__ void sync_workers() { meet(kWorking, kWorkers * 32); }
 __device__ __forceinline__ void sync_samplers() { meet(kSampling, kSamplerThreads); }
 
-// The warps that attend leave the past's keys and values to the one that copies the next; and meet among themselves.
-__device__ __forceinline__ void leave_past(int warps) { arrive(kLeaving, warps * 32 + 32); }
-__device__ __forceinline__ void sync_past(int warps) { meet(kLeaving, warps * 32 + 32); }
+// The warps that attend leave their sums to those that merge them.
+__device__ __forceinline__ void leave_sums(int warps) { arrive(kAttending, warps * 32); }
 __device__ __forceinline__ void sync_attending(int warps) { meet(kAttending, warps * 32); }
-// The warps of the past leave their sums to the last.
-__device__ __forceinline__ void leave_part(int past) { arrive(kAttending, past * 32 + 32); }
 
 __device__ __forceinline__ int64 nanoseconds() {
   int64 t;
@@ -183,7 +177,7 @@ __device__ __forceinline__ int rows_here(const Phase& f) { return max(0, min(f.s
 
 template <class T>
 struct Shared {
-  // The ring; behind what is in use of it slow attention keeps its past (frame_slow_attention.cuh).
+  // The ring; behind what is in use of it slow attention has its room (frame_slow_attention.cuh).
   union {
     unsigned char pool[kPoolBytes];
     struct {
@@ -206,8 +200,8 @@ struct Shared {
   float own[2][kOwnRows];                        // this block's rows of the residual stream, by vector
   float gumbel[1024];                            // of the fast code that is drawn next
   uint32 begin[2][kWidth / 2];                   // what a stack begins with, by vector
-  uint64 full[kSlots], empty[kSlots], past_full;
-  int ring_slots;  // that are in use
+  uint64 full[kSlots], empty[kSlots];
+  int first_phase;  // of the list that is in use
   Ahead slots[2 * kSamplerWarps];
   Phase phases[8];  // this one, the next four, and those that some may still read
   int position;     // of the frame

@@ -34,7 +34,7 @@ struct FrameWholeAttention : FrameProjections<T> {
   template <int kParts>
   static constexpr uint32 kLanes = kSliceDim<kParts> / 4;  // that have four elements each of a slice
 
-  // Behind the ring; of `past` as much as there are warps that have a past.
+  // Behind the ring.
   template <int kParts>
   struct Room {
     float2 known[kWorkers];  // total and top of a warp's positions
@@ -42,18 +42,16 @@ struct FrameWholeAttention : FrameProjections<T> {
     struct {
       Vec16 values[kParts][kWarp];  // of a layer, 16 elements in a row, by lane
       uint32 query[2][2][4][4];     // of 64 columns, even or odd words, by t: of 32 and of 32 columns two words each
-    } past[kWorkers - 1];
+    } past[kParts == 1 ? kWholeWarps : kPartWarps];
   };
-  template <int kParts, int kRing, int kWarps>
-  static constexpr bool kRoomFits =
-      kRing * kSlotBytes + sizeof(Room<kParts>) - (kWorkers - 1 - kWarps) * sizeof(Room<kParts>::past[0]) <= kPoolBytes;
   template <int kParts>
   static __device__ __forceinline__ Room<kParts>& room(Shared<T>& s) {
-    return *reinterpret_cast<Room<kParts>*>(s.pool + (kParts == 1 ? kSlots : s.ring_slots) * kSlotBytes);
+    static_assert(kSlots * kSlotBytes + sizeof(Room<kParts>) <= kPoolBytes);
+    return *reinterpret_cast<Room<kParts>*>(s.pool + kSlots * kSlotBytes);
   }
 
   static __device__ __forceinline__ int query_head() { return Base::block() / 8; }
-  static __device__ __forceinline__ int key_head() { return Base::block() / 16; }
+  static __device__ __forceinline__ int key_head() { return Base::block() / kSplits; }
   template <int kParts>
   static __device__ __forceinline__ uint32 part() {
     return static_cast<uint32>(Base::block()) % kParts;
@@ -80,17 +78,12 @@ struct FrameWholeAttention : FrameProjections<T> {
     return {static_cast<int>(begin), static_cast<int>(end - begin)};
   }
 
-  // A layer's keys (side 0) or values (side 1) of this block's key/value head, in its cache.
-  static __device__ __forceinline__ T* rows(const PersistentFrameArgs& a, int layer, int side) {
-    return reinterpret_cast<T*>(a.caches[2 * layer + side]) + static_cast<int64>(key_head()) * a.capacity * kSlowDim;
-  }
-
   // Of a layer's keys (side 0) or values (side 1), one of this warp's sixteen. Rows that are not there are the last
   // one.
   static __device__ __forceinline__ const T* past_row(const PersistentFrameArgs& a, const Past& past, int layer,
                                                       int side, int warp, int place) {
     const int row = past.begin + min(warp * kChunkStep + place, past.count - 1);
-    return rows(a, layer, side) + static_cast<int64>(row) * kSlowDim;
+    return cached_rows<T>(a, layer, side) + static_cast<int64>(row) * kSlowDim;
   }
 
   // Starts to copy this warp's values of a layer, each lane a matrix's row (device/matrices.cuh). The order of their
@@ -249,7 +242,7 @@ struct FrameWholeAttention : FrameProjections<T> {
       sums[8] = left[1];
     }
     if (lane == 0) *known = {total[0] + total[1], top};
-    leave_part(past.warps());
+    leave_sums(past.warps() + 1);
   }
 
   // The frame's own position, whose key and value are on their way.
@@ -285,8 +278,8 @@ struct FrameWholeAttention : FrameProjections<T> {
   __device__ __forceinline__ void keep(const Phase& f, const Fresh& fresh) {
     if (query_head() % 2 != 0 || slice<kParts>() != 0) return;
     const int64 at = static_cast<int64>(s.position) * kSlowDim + lane() * 4;
-    *reinterpret_cast<uint2*>(rows(a, f.layer, 0) + at) = fresh.key;
-    *reinterpret_cast<uint2*>(rows(a, f.layer, 1) + at) = fresh.value;
+    *reinterpret_cast<uint2*>(cached_rows<T>(a, f.layer, 0) + at) = fresh.key;
+    *reinterpret_cast<uint2*>(cached_rows<T>(a, f.layer, 1) + at) = fresh.value;
   }
 
   // Merges what the warps have left: of those that leave nothing, begin_parts() left zeros. A lane has two elements, of

@@ -1,9 +1,9 @@
 // A stream of weights through shared memory: one warp copies units in the order in which the others will want them,
 // across the borders of phases, and never waits for activations.
 //
-// A unit is 16 KB in two pieces of four rows of 1024 16-bit weights. Pieces lie 64 bytes further apart than that, so
-// that 64 bytes of a row and of another in the next piece lie in different banks. sm_90 and later: bulk copies that
-// complete on an mbarrier.
+// A unit is 16 KB in two pieces of four rows of 1024 16-bit weights. Pieces lie 192 bytes further apart than that, so
+// that 64 bytes of a row and of another in the next piece lie in different banks, and there is room for other layouts
+// (PastShare). sm_90 and later: bulk copies that complete on an mbarrier.
 #pragma once
 
 #include "l2_halves.cuh"
@@ -12,9 +12,10 @@ namespace s1 {
 
 constexpr int kRowBytes = 1024 * 2;
 constexpr int kPieceRows = 4;
-constexpr int kPieceBytes = kPieceRows * kRowBytes, kPiecePitch = kPieceBytes + 64;
+constexpr int kPieceBytes = kPieceRows * kRowBytes, kPiecePitch = kPieceBytes + 192;
 constexpr int kUnitBytes = 2 * kPieceBytes, kSlotBytes = 2 * kPiecePitch;
 constexpr int kUnitChunks = kUnitBytes / kChunkBytes;
+constexpr int kSlots = 10;  // units in the ring
 
 __device__ __forceinline__ uint32 shared_address(const void* p) {
   return static_cast<uint32>(__cvta_generic_to_shared(p));
@@ -29,6 +30,11 @@ __device__ __forceinline__ void barrier_expect(uint64* b, int bytes) {
 }
 __device__ __forceinline__ void barrier_arrive(uint64* b) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
+}
+// As often as kTimes would.
+template <int kTimes>
+__device__ __forceinline__ void barrier_arrive(uint64* b) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(shared_address(b)), "n"(kTimes) : "memory");
 }
 // Arrives, and waits for the others.
 __device__ __forceinline__ void barrier_meet(uint64* b) {
@@ -87,6 +93,8 @@ __device__ __forceinline__ void barriers_visible() {
 __device__ __forceinline__ void barrier_init(uint64*, int) {}
 __device__ __forceinline__ void barrier_expect(uint64*, int) {}
 __device__ __forceinline__ void barrier_arrive(uint64*) {}
+template <int kTimes>
+__device__ __forceinline__ void barrier_arrive(uint64*) {}
 __device__ __forceinline__ void barrier_meet(uint64*) {}
 __device__ __forceinline__ bool barrier_done(uint64*, uint32) { return true; }
 __device__ __forceinline__ void bulk_copy(void*, const void*, int, uint64*, uint64) {}
@@ -107,22 +115,21 @@ __device__ __forceinline__ void barrier_wait(uint64* b, uint32 parity) {
     if (clock64() - start > kPatientCycles) __trap();
 }
 
-// Slot and parity of the unit that comes next, in a ring of `slots`.
+// Slot and parity of the unit that comes next.
 struct RingCursor {
   int slot;
   uint32 parity;
-  int slots;
 
   __device__ __forceinline__ void advance(int units) {  // no more than there are slots
     slot += units;
-    const bool turned = slot >= slots;
-    slot -= turned ? slots : 0;
+    const bool turned = slot >= kSlots;
+    slot -= turned ? kSlots : 0;
     parity ^= static_cast<uint32>(turned);
   }
   __device__ __forceinline__ void retreat(int units) {
     slot -= units;
     const bool turned = slot < 0;
-    slot += turned ? slots : 0;
+    slot += turned ? kSlots : 0;
     parity ^= static_cast<uint32>(turned);
   }
   __device__ __forceinline__ RingCursor ahead(int units) const {

@@ -18,9 +18,10 @@ CHUNK_BYTES = 4096  # neighbours are in different halves
 MULTIPROCESSORS = 1024  # in a table of them
 TRIES = 3
 FLUSH = 4  # times L2: what is written so that nothing else is in it
+OTHER_TURNS = 16  # of all blocks, which read some of that first
 CLEAR = 0.25  # by how much more or less than half of their pairs two multiprocessors must agree on
 
-MEASURE = Kernel("persistent_frame", "measure_halves", block=32, pointers="memory lead where", ints="pairs shift zero")
+MEASURE = Kernel("persistent_frame", "measure_halves", block=32, pointers="memory other lead where", ints="pairs shift zero")
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,10 @@ def _measure(memory: Tensor, dtype: torch.dtype, shift: int) -> Tensor | None:
     pairs = len(memory) // (2 * CHUNK_BYTES)
     lead = torch.zeros(pairs, dtype=torch.int32, device=device)
     where = torch.zeros(blocks, dtype=torch.int32, device=device)
-    torch.zeros(FLUSH * l2_bytes(device), dtype=torch.uint8, device=device)
+    others = max(FLUSH * l2_bytes(device), OTHER_TURNS * blocks * 2 * CHUNK_BYTES)
+    other = torch.zeros(others, dtype=torch.uint8, device=device)
     MEASURE(
-        dtype, device, grid=blocks, shared=facts.shared_memory_per_block_optin, memory=memory, lead=lead, where=where,
-        pairs=pairs, shift=shift, zero=0,
+        dtype, device, grid=blocks, shared=facts.shared_memory_per_block_optin, memory=memory, other=other, lead=lead,
+        where=where, pairs=pairs, shift=shift, zero=0,
     )  # fmt: skip
     return lead if torch.equal(where.sort().values, torch.arange(blocks, dtype=torch.int32, device=device)) else None

@@ -35,7 +35,9 @@ PARTS, PASSES = 4, 96
 SHARED_BYTES = 231_424  # sizeof(Shared<T>), rounded up
 MOST_LOGITS = 1280  # of a block
 LEVELS = 8 * 32  # words with the weights of these parts
-SLOTS = 10, 9, 6  # of the weight ring, the longer the past, the fewer
+SLOTS = 10  # of the ring
+PARTED = 512  # past positions up to which they are not streamed
+SPLITS, STEP, UNIT_POSITIONS = 16, 16, 32  # blocks that share them; what a warp attends to; what a unit of the ring holds
 HEAD_UNITS = 2  # units of a step of the head
 KEPT_IN_L2 = 0.4  # of its bytes, for weights that come again; what helps most on an H100, with 50 MB
 
@@ -71,16 +73,17 @@ class Phase:
     past: int = 0
     kept: int = 0
 
-    @property
-    def units(self) -> int:
-        """Of the weight ring, for each block."""
+    def units(self, past: int = 0) -> int:
+        """Of the ring, for each block, whose past has so many."""
+        if self.kind == Kind.ATTEND:
+            return past
         units = units_of(self.weights) if self.weights else 0
         return -(-units // HEAD_UNITS) * HEAD_UNITS if self.kind == Kind.HEAD else units
 
-    def as_struct(self, place: tuple[int, int] | None, before: int, slots: int, kept_share: float) -> bytes:
-        """With packed weights at a place, or as they lie, when so many units come before in a ring of so many slots,
-        and L2 keeps a share of them."""
-        turn, slot = divmod(before, slots)
+    def as_struct(self, place: tuple[int, int] | None, before: int, past_units: int, kept_share: float) -> bytes:
+        """With packed weights at a place, or as they lie, when so many units come before, a block's past has
+        `past_units`, and L2 keeps a share of the weights."""
+        turn, slot = divmod(before, SLOTS)
         weight, second = [*(w.data_ptr() for w in self.weights), 0, 0][:2]
         rows = share = slices = chunks = unit = 0
         if self.weights:
@@ -90,9 +93,15 @@ class Phase:
         norm_weight = 0 if self.norm_weight is None else self.norm_weight.data_ptr()
         return struct.pack(
             "<3Q15if2i", weight, second, norm_weight, rows, share, self.kind, self.begins, self.given, self.vectors,
-            self.out, slices, self.layer, self.position, self.units, chunks, unit, self.past, self.kept, kept_share,
+            self.out, slices, self.layer, self.position, self.units(past_units), chunks, unit, self.past, self.kept, kept_share,
             slot, turn % 2,
         )  # fmt: skip
+
+
+def past_units(positions: int) -> int:
+    """Units of a past of so many positions in each of the blocks that share it; `PastShare` of the kernel."""
+    chunk = -(-positions // (SPLITS * STEP)) * STEP
+    return -(-chunk // UNIT_POSITIONS) if positions > PARTED else 0
 
 
 def refusal(config: DualARConfig, weights: Weights, head: Tensor, fast_rows: int) -> str | None:
@@ -145,26 +154,27 @@ class Phases:
         """A copy of what the phases multiply with, to be streamed. Raises NoHalvesError."""
         return PackedWeights([phase.weights for phase in self.list if phase.weights])
 
-    def structs(self, device: torch.device, packed: PackedWeights | None = None) -> Tensor:
-        """For every ring."""
+    def structs(self, device: torch.device, capacity: int, packed: PackedWeights | None = None) -> Tensor:
+        """Lists of them, of which a frame takes one, by the units that the past has in a block; up to `capacity`
+        positions."""
         places: list[tuple[int, int] | None] = [None] * len(self.list)
         if packed is not None:
             unit = 0
             for i in reversed(range(len(self.list))):  # without weights: the number of the next phase's first unit
                 address, unit = packed.place(weights) if (weights := self.list[i].weights) else (0, unit)
                 places[i] = address, unit
-        before = accumulate((phase.units for phase in self.list), initial=0)
         shares = self.kept_shares(KEPT_IN_L2 * l2_bytes(device))
-        each = list(zip(self.list, places, before, shares, strict=False))
-        data = b"".join(
-            phase.as_struct(place, units, slots, share) for slots in SLOTS for phase, place, units, share in each
-        )
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+        data = bytearray()
+        for past in range(past_units(capacity) + 1):
+            before = accumulate((phase.units(past) for phase in self.list), initial=0)
+            for phase, place, first, share in zip(self.list, places, before, shares, strict=False):
+                data += phase.as_struct(place, first, past, share)
+        return torch.frombuffer(data, dtype=torch.uint8).to(device)
 
     def kept_shares(self, room: float) -> list[float]:
         """The share of each phase's weights that L2 keeps, in so many bytes: of the fast stack's, which come again."""
         slow = [phase.kind for phase in self.list].index(Kind.HEAD) + 1
-        again = {phase.weights[0].data_ptr(): phase.units for phase in self.list[slow:]}
+        again = {phase.weights[0].data_ptr(): phase.units() for phase in self.list[slow:]}
         share = room / (BLOCKS * UNIT_BYTES * sum(again.values()))
         return [0.0] * slow + [min(share, 1.0)] * (len(self.list) - slow)
 
@@ -227,7 +237,7 @@ def launches(
     )
     frame = FRAME.bind(
         head.dtype, device, grid=BLOCKS, shared=SHARED_BYTES, pdl=True, cooperative=True,
-        phases=phases.structs(device, packed), words=exchanged, passes=exchanged[phases.words :], parts=parts,
+        phases=phases.structs(device, k_caches[0].shape[2], packed), words=exchanged, passes=exchanged[phases.words :], parts=parts,
         abandoned=state[:1], turn=state[1:2], tickets=state[2:], sides=packed and packed.sides,
         near=packed and packed.near, tokens=tokens, position=position, text_embedding=weights.text_embedding,
         codebook_embedding=weights.codebook_embedding, fast_embedding=weights.fast_embedding,
