@@ -118,7 +118,7 @@ def test_every_pair_of_chunks_is_measured(library, shift):
         l2_halves.MEASURE.bind(
             HALVES[0], memory.device, grid=4, memory=memory, other=other, lead=lead, where=where, pairs=9, shift=shift,
             zero=0,
-        ).enqueue(0)
+        ).enqueue(0)  # fmt: skip
     assert where.tolist() == [0, 1, 2, 3]
     assert not lead.any()
 

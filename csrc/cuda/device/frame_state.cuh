@@ -21,10 +21,10 @@ constexpr int kWidth = 1024;                      // C of both stacks
 constexpr int kSplits = kBlocks / 8;              // blocks of a slow key/value head, parts of its positions
 constexpr int kSlowDim = 128, kFastDim = 64;      // D
 constexpr int kChunkStep = 16;                    // positions that a warp attends to at a time
-constexpr int kPoolBytes = 190336;                // of shared memory: the ring, and what lies behind it
+constexpr int kPoolBytes = 192640;                // of shared memory: the ring, and what lies behind it
 // Past positions up to which a block takes all of a head's, a step a warp; and up to which one of kMostParts parts, by
 // as many warps as there is room for. Beyond, the past is streamed (PastShare).
-constexpr int kMostParts = 4, kWholeWarps = kWorkers - 1, kPartWarps = 8;
+constexpr int kMostParts = 4, kWholeWarps = kWorkers - 1, kPartWarps = 9;
 constexpr int kWhole = kWholeWarps * kChunkStep, kParted = kMostParts * kPartWarps * kChunkStep;
 constexpr int kPartWords = 2 * (16 + 2);     // of 16 elements, with total, top and tags
 constexpr int kFastQkvRows = 32 * kFastDim;  // 16 query, 8 key and 8 value heads

@@ -21,7 +21,9 @@ FLUSH = 4  # times L2: what is written so that nothing else is in it
 OTHER_TURNS = 16  # of all blocks, which read some of that first
 CLEAR = 0.25  # by how much more or less than half of their pairs two multiprocessors must agree on
 
-MEASURE = Kernel("persistent_frame", "measure_halves", block=32, pointers="memory other lead where", ints="pairs shift zero")
+MEASURE = Kernel(
+    "persistent_frame", "measure_halves", block=32, pointers="memory other lead where", ints="pairs shift zero"
+)
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ SHARED_BYTES = 231_424  # sizeof(Shared<T>), rounded up
 MOST_LOGITS = 1280  # of a block
 LEVELS = 8 * 32  # words with the weights of these parts
 SLOTS = 10  # of the ring
-PARTED = 512  # past positions up to which they are not streamed
-SPLITS, STEP, UNIT_POSITIONS = 16, 16, 32  # blocks that share them; what a warp attends to; what a unit of the ring holds
+PARTED = 576  # past positions up to which they are not streamed
+SPLITS, STEP, UNIT_POSITIONS = 16, 16, 32  # blocks that share them; what a warp attends to, what a unit holds
 HEAD_UNITS = 2  # units of a step of the head
 KEPT_IN_L2 = 0.4  # of its bytes, for weights that come again; what helps most on an H100, with 50 MB
 
@@ -93,8 +93,8 @@ class Phase:
         norm_weight = 0 if self.norm_weight is None else self.norm_weight.data_ptr()
         return struct.pack(
             "<3Q15if2i", weight, second, norm_weight, rows, share, self.kind, self.begins, self.given, self.vectors,
-            self.out, slices, self.layer, self.position, self.units(past_units), chunks, unit, self.past, self.kept, kept_share,
-            slot, turn % 2,
+            self.out, slices, self.layer, self.position, self.units(past_units), chunks, unit, self.past, self.kept,
+            kept_share, slot, turn % 2,
         )  # fmt: skip
 
 
@@ -237,9 +237,10 @@ def launches(
     )
     frame = FRAME.bind(
         head.dtype, device, grid=BLOCKS, shared=SHARED_BYTES, pdl=True, cooperative=True,
-        phases=phases.structs(device, k_caches[0].shape[2], packed), words=exchanged, passes=exchanged[phases.words :], parts=parts,
-        abandoned=state[:1], turn=state[1:2], tickets=state[2:], sides=packed and packed.sides,
-        near=packed and packed.near, tokens=tokens, position=position, text_embedding=weights.text_embedding,
+        phases=phases.structs(device, k_caches[0].shape[2], packed), words=exchanged,
+        passes=exchanged[phases.words :], parts=parts, abandoned=state[:1], turn=state[1:2], tickets=state[2:],
+        sides=packed and packed.sides, near=packed and packed.near, tokens=tokens, position=position,
+        text_embedding=weights.text_embedding,
         codebook_embedding=weights.codebook_embedding, fast_embedding=weights.fast_embedding,
         caches=addresses(list(zip(k_caches, v_caches, strict=True))),
         norms=addresses([(w.q_norm, w.k_norm) for w in weights.slow]), cos_sin=weights.cos_sin,
