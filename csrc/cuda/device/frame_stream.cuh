@@ -53,17 +53,21 @@ struct FrameStream {
 
   // The first kCopyLanes lanes of the warp that streams. They go in step, a unit each, so that none is a turn of the
   // ring ahead of another. Where a unit's chunks lie is asked for a step ahead.
-  static __device__ void run(const PersistentFrameArgs& a, Shared<T>& s) {
+  static __device__ __forceinline__ void run(const PersistentFrameArgs& a, Shared<T>& s) {
+    a.near ? stream<true>(a, s) : stream<false>(a, s);
+  }
+  template <bool kPacked>
+  static __device__ __forceinline__ void stream(const PersistentFrameArgs& a, Shared<T>& s) {
     const int lane = lane_id();
     const Phase* phases = a.phases + s.first_phase;
-    const auto near_of = [&](int unit) -> uint32 { return a.near ? a.near[unit * kPairs + own_block() / 2] : 0; };
+    const auto near_of = [&](int unit) -> uint32 { return kPacked ? a.near[unit * kPairs + own_block() / 2] : 0; };
     Phase next = phases[0];
     uint32 coming = near_of(next.unit + lane);
     for (int p = 0; p < a.phase_count; ++p) {
       const Phase f = next;
       const int under_way = f.kind == kHead     ? kUnderWayHead
                             : f.kind == kAttend ? kUnderWayPast
-                            : a.near            ? kUnderWayNear
+                            : kPacked           ? kUnderWayNear
                                                 : kUnderWay;
       if (p + 1 < a.phase_count) next = phases[p + 1];
       const uint64 policy = f.kept_share > 0.0f ? keep_share(f.kept_share) : pass_through();
@@ -80,7 +84,7 @@ struct FrameStream {
           }
           if (f.kind == kAttend) {
             copy_past(a, s, f, u, at.slot);
-          } else if (a.near) {
+          } else if constexpr (kPacked) {
             copy_near(s, f, u, near, at.slot, policy);
           } else {
             copy_unit(s, f, u, at.slot, policy);
