@@ -46,16 +46,37 @@ __device__ __forceinline__ T* cached_rows(const PersistentFrameArgs& a, int laye
 
 template <class T>
 struct FrameStream {
+  // What a unit is made of: `bytes` of each, from global memory to so many bytes behind the slot's begin.
+  struct Copies {
+    static constexpr int kMost = 4;
+    uint64 from[kMost];
+    int to[kMost], bytes[kMost];
+
+    // To be worked out here, not after the waits that come next.
+    __device__ __forceinline__ void settle() {
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) asm volatile("" : "+l"(from[i]), "+r"(to[i]), "+r"(bytes[i]));
+    }
+    __device__ __forceinline__ int all_bytes() const {
+      int sum = 0;
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) sum += bytes[i];
+      return sum;
+    }
+  };
+
   // The first phase of the list for a position: there is one for every number of units of the past.
   static __device__ __forceinline__ int first_phase(const PersistentFrameArgs& a, int position) {
     return position <= kParted ? 0 : PastShare(position).units() * a.phase_count;
   }
 
-  // The first kCopyLanes lanes of the warp that streams. They go in step, a unit each, so that none is a turn of the
-  // ring ahead of another. Where a unit's chunks lie is asked for a step ahead.
   static __device__ __forceinline__ void run(const PersistentFrameArgs& a, Shared<T>& s) {
     a.near ? stream<true>(a, s) : stream<false>(a, s);
   }
+
+ private:
+  // The first kCopyLanes lanes of the warp that streams. They go in step, a unit each, so that none is a turn of the
+  // ring ahead of another. Where a unit's chunks lie is asked for a step ahead.
   template <bool kPacked>
   static __device__ __forceinline__ void stream(const PersistentFrameArgs& a, Shared<T>& s) {
     const int lane = lane_id();
@@ -73,22 +94,24 @@ struct FrameStream {
       const uint64 policy = f.kept_share > 0.0f ? keep_share(f.kept_share) : pass_through();
       RingCursor at = RingCursor{f.slot, f.parity}.ahead(lane);
       for (int u = lane; u - lane < f.units; u += kCopyLanes) {
-        const uint32 near = coming;
+        Copies unit = f.kind == kAttend ? past_unit(a, s.position, f, u)
+                      : kPacked         ? near_unit(f, u, coming)
+                                        : plain_unit(f, u);
+        unit.settle();
         coming = near_of(u + kCopyLanes < f.units ? f.unit + u + kCopyLanes : next.unit + lane);
         if (u < f.units) {
           barrier_wait(s.empty + at.slot, at.parity ^ 1);
+          barrier_expect(s.full + at.slot, unit.all_bytes());
           if (p > 0 || u >= under_way) {
             RingCursor before = at;
             before.retreat(under_way);
             barrier_wait(s.full + before.slot, before.parity);
           }
-          if (f.kind == kAttend) {
-            copy_past(a, s, f, u, at.slot);
-          } else if constexpr (kPacked) {
-            copy_near(s, f, u, near, at.slot, policy);
-          } else {
-            copy_unit(s, f, u, at.slot, policy);
-          }
+#pragma unroll
+          for (int i = 0; i < Copies::kMost; ++i)
+            if (unit.bytes[i] > 0)
+              bulk_copy(s.ring + at.slot * kSlotBytes + unit.to[i], reinterpret_cast<const void*>(unit.from[i]),
+                        unit.bytes[i], s.full + at.slot, policy);
         }
         at.advance(kCopyLanes);
         __syncwarp((1u << kCopyLanes) - 1);
@@ -97,53 +120,45 @@ struct FrameStream {
   }
 
   // The rows of a block lie side by side. kSwiglu takes tiles of w1 and w3 by turns.
-  static __device__ __forceinline__ void copy_unit(Shared<T>& s, const Phase& f, int u, int slot, uint64 policy) {
+  static __device__ __forceinline__ Copies plain_unit(const Phase& f, int u) {
     const int row_bytes = f.slices * kRowBytes, at = (f.second ? u / 2 : u) * kUnitBytes;
-    const int bytes = max(0, min(kUnitBytes, rows_here(f) * row_bytes - at)), first = min(bytes, kPieceBytes);
+    const int left = rows_here(f) * row_bytes - at;
     const uint64 from = (f.second && u % 2 ? f.second : f.weight) + static_cast<int64>(first_row(f)) * row_bytes + at;
-    unsigned char* to = s.ring + slot * kSlotBytes;
-    barrier_expect(s.full + slot, bytes);
-    if (bytes > 0) bulk_copy(to, reinterpret_cast<const void*>(from), first, s.full + slot, policy);
-    if (bytes > first)
-      bulk_copy(to + kPiecePitch, reinterpret_cast<const void*>(from + first), bytes - first, s.full + slot, policy);
+    const int first = max(0, min(left, kPieceBytes)), second = max(0, min(left - kPieceBytes, kPieceBytes));
+    return {{from, from + kPieceBytes}, {0, kPiecePitch}, {first, second}};
   }
   // The chunks of a packed unit that are near, each of a pair. `near` says of each pair which is the even block's.
-  static __device__ __forceinline__ void copy_near(Shared<T>& s, const Phase& f, int u, uint32 near, int slot,
-                                                   uint64 policy) {
+  static __device__ __forceinline__ Copies near_unit(const Phase& f, int u, uint32 near) {
+    static_assert(kUnitChunks == Copies::kMost);
     const int left = f.chunks - u * kUnitChunks;
     const int64 unit = static_cast<int64>(own_block() / 2) * ceil_div(f.chunks, kUnitChunks) + u;
     const uint64 pairs = f.weight + unit * (2 * kUnitBytes);
     if (own_block() % 2) near = ~near;
-    unsigned char* to = s.ring + slot * kSlotBytes;
-    barrier_expect(s.full + slot, max(0, min(left, kUnitChunks)) * kChunkBytes);
+    Copies c;
 #pragma unroll
-    for (int i = 0; i < kUnitChunks; ++i)
-      if (i < left)
-        bulk_copy(to + i / 2 * kPiecePitch + i % 2 * kChunkBytes,
-                  reinterpret_cast<const void*>(pairs + (2 * i + (near >> i & 1)) * kChunkBytes), kChunkBytes,
-                  s.full + slot, policy);
-  }
-  // A unit of the past, of the positions that are there.
-  static __device__ __forceinline__ void copy_past(const PersistentFrameArgs& a, Shared<T>& s, const Phase& f, int u,
-                                                   int slot) {
-    using Share = PastShare;
-    const Share mine(s.position);
-    const int first = mine.begin + u * Share::kUnitPositions;
-    const int rows = max(0, min(mine.end - first, Share::kUnitPositions));
-    unsigned char* to = s.ring + slot * kSlotBytes;
-    barrier_expect(s.full + slot, 2 * rows * Share::kPositionBytes);
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const T* from = cached_rows<T>(a, f.layer, side) + static_cast<int64>(first) * kSlowDim;
-#pragma unroll
-      for (int i = 0; i < Share::kUnitRuns; ++i) {
-        const int taken = min(rows - i * Share::kRunRows, Share::kRunRows);
-        if (taken > 0)
-          bulk_copy(to + side * kPiecePitch + Share::run_at(u % Share::kGroupUnits * Share::kUnitRuns + i),
-                    from + i * Share::kRunRows * kSlowDim, taken * Share::kPositionBytes, s.full + slot,
-                    pass_through());
-      }
+    for (int i = 0; i < kUnitChunks; ++i) {
+      c.from[i] = pairs + (2 * i + (near >> i & 1)) * kChunkBytes;
+      c.to[i] = i / 2 * kPiecePitch + i % 2 * kChunkBytes;
+      c.bytes[i] = i < left ? kChunkBytes : 0;
     }
+    return c;
+  }
+  // The runs of a unit of the past, as far as its positions are there.
+  static __device__ __forceinline__ Copies past_unit(const PersistentFrameArgs& a, int position, const Phase& f,
+                                                     int u) {
+    using Share = PastShare;
+    static_assert(2 * Share::kUnitRuns == Copies::kMost);
+    const Share mine(position);
+    Copies c;
+#pragma unroll
+    for (int i = 0; i < Copies::kMost; ++i) {
+      const int side = i / Share::kUnitRuns, run = i % Share::kUnitRuns;
+      const int first = mine.begin + u * Share::kUnitPositions + run * Share::kRunRows;
+      c.from[i] = reinterpret_cast<uint64>(cached_rows<T>(a, f.layer, side) + static_cast<int64>(first) * kSlowDim);
+      c.to[i] = side * kPiecePitch + Share::run_at(u % Share::kGroupUnits * Share::kUnitRuns + run);
+      c.bytes[i] = max(0, min(mine.end - first, Share::kRunRows)) * Share::kPositionBytes;
+    }
+    return c;
   }
 };
 
