@@ -3,11 +3,11 @@
 // What it computes is what s1kernels/backends/cuda/decode_frame.py computes with the ops' kernels; a list of phases
 // (persistent_frame.py writes it) says in which order. Every block owns an equal share of the rows of every matrix.
 // Grid/block: kBlocks blocks, one an SM, all resident at once (cooperative launch). One warp streams the block's share
-//   of the weights through a ring in shared memory, phase after phase, without ever waiting for activations; 16 warps
-//   consume it, each a sixteenth of the columns, and take what they can into registers before they wait. Activations go
-//   from block to block as words that are their own flags (device/exchange.cuh). What is small is computed by all
-//   blocks alike instead of being passed on: norms, the frame's embedding, the fast stack's attention, the fast codes'
-//   draws.
+//   of the weights, and of a long past, through a ring in shared memory, phase after phase, without ever waiting for
+//   activations; 16 warps consume it, each a sixteenth of the columns, and take what they can into registers before
+//   they wait. Activations go from block to block as words that are their own flags (device/exchange.cuh). What is
+//   small is computed by all blocks alike instead of being passed on: norms, the frame's embedding, the fast stack's
+//   attention, the fast codes' draws.
 // Memory: every weight once a frame, the fast stack's N-1 times, of which L2 keeps a share; the past's keys and values
 //   once. Bound by it. Packed weights (own_block() in device/frame_state.cuh) come from the half of L2 that is near.
 // Numerics: as the ops': results are rounded to T where the ops' are, slow attention's part by part; a normalised x

@@ -117,9 +117,11 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
   struct Running {
     float top = -infinity(), total = 0.0f, sum[4][4] = {};
   };
-  // Every second group. Before a slot comes again, all have to know that its last unit had come.
+  // Every second group. A warp waits for its own groups alone, and must not wait for a slot's next unit, whose parity
+  // is that of the one before the last, until the last has come: up to the next barrier no slot comes twice.
   __device__ __forceinline__ void attend_groups(const Phase& f) {
     using Share = PastShare;
+    static_assert(Share::kGroups * Share::kGroupUnits + 2 <= kSlots, "of these groups, and of slow_output()");
     Running found;
     attend_group<true>(f, warp() / Share::kGroupWarps, found);
 #pragma unroll 1
