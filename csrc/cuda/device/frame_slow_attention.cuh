@@ -141,17 +141,17 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
     if (column() == 0) to.known = {total, found.top};
   }
 
-  // The rows of a group that this warp has: `first` and the next of every run, those that are among the first `near`
+  // The rows of a group that this warp has: `first` and the next of every run, those that are among the first `left`
   // positions from there on.
   struct GroupRows {
-    int first, near;
+    int first, left;
 
     __device__ __forceinline__ GroupRows(const FrameSlowAttention& frame, int group) {
       const PastShare mine(frame.s.position);
       first = frame.warp() % PastShare::kGroupWarps * 2;
-      near = mine.end - mine.begin - group * PastShare::kGroupPositions - first;
+      left = mine.end - mine.begin - group * PastShare::kGroupPositions - first;
     }
-    __device__ __forceinline__ bool has(int run, int i) const { return run * PastShare::kRunRows + i < near; }
+    __device__ __forceinline__ bool has(int run, int i) const { return run * PastShare::kRunRows + i < left; }
     // Where a matrix's row, of run lane % 8, is in shared memory; if it is not there, the warp's first instead.
     __device__ __forceinline__ uint32 place(const FrameSlowAttention& frame, const RingCursor& unit, int i) const {
       using Share = PastShare;
@@ -191,7 +191,7 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
 #pragma unroll
       for (int i = 0; i < 2; ++i) at[i] = rows.place(*this, units.first, i);
       this->await(units);
-      if (rows.near <= 0) return this->template release_for<kTimes>(units);
+      if (rows.left <= 0) return this->template release_for<kTimes>(units);
     }
     if constexpr (kFirst) {
 #pragma unroll
@@ -200,6 +200,7 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
         value[i / 4][i % 4] = load_value(at[i / 4], i % 4);
       }
       this->template release_for<kTimes>(units);
+      this->forget_thread();
       const WideTurn turn(a, f.layer, 0, s.position, column());
       const Vec16 query = turn(waiting.take4(share_words(f, Base::key_head() * 2 + side())), a.eps);
       __syncwarp();
