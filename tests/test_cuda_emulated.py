@@ -21,7 +21,7 @@ HALVES = [torch.bfloat16, torch.float16]
 SIZES = {
     "small": config_of(layers=1, fast_layers=1, codebooks=3, intermediate=1024, positions=1100),
     "deep": config_of(layers=2, fast_layers=4, codebooks=3, intermediate=3072, positions=1100),  # S1-mini's fast stack
-    "long": config_of(layers=2, fast_layers=1, codebooks=3, intermediate=1024, positions=4200),
+    "long": config_of(layers=1, fast_layers=1, codebooks=3, intermediate=1024, positions=4200),
 }
 FAULTS = {  # a line of device/frame_projections.cuh; a variable of the environment takes the first such out
     "NO_RELEASE": "    each_unit(units, [&](const RingCursor& u) { barrier_arrive(s.empty + u.slot); });",
