@@ -120,12 +120,12 @@ def test_every_phase_of_many_layers_passes_on_what_it_should(library, position):
 @pytest.mark.parametrize("shift", [0, 1])
 def test_every_pair_of_chunks_is_measured(library, shift):
     """The emulator's time says nothing else."""
-    memory, other = torch.zeros(9, 8192, dtype=torch.uint8), torch.zeros(4 * 16, 8192, dtype=torch.uint8)
+    memory, other = torch.zeros(9, 8192, dtype=torch.uint8), torch.zeros(8, 8192, dtype=torch.uint8)
     lead, where = (torch.full((n,), -1, dtype=torch.int32) for n in (9, 4))
     with library(HALVES[0]).bound(seed=1):
         l2_halves.MEASURE.bind(
-            HALVES[0], memory.device, grid=4, memory=memory, other=other, lead=lead, where=where, pairs=9, shift=shift,
-            zero=0,
+            HALVES[0], memory.device, grid=4, memory=memory, other=other, lead=lead, where=where, pairs=9, others=8,
+            shift=shift, zero=0,
         ).enqueue(0)  # fmt: skip
     assert where.tolist() == [0, 1, 2, 3]
     assert not lead.any()

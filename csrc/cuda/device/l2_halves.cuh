@@ -27,18 +27,18 @@ __device__ __forceinline__ uint32 load_cached(const uint32* at) {
 
 struct HalvesArgs {
   const uint32* memory;  // pairs of chunks
-  const uint32* other;   // kOtherTurns * blocks pairs that are not measured
+  const uint32* other;   // pairs that are read first, and not measured
   int* lead;             // [pairs], the cycles by which a pair's first chunk answers before its second
   int* where;            // [blocks], the multiprocessor that a block runs on
   int pairs;
-  int shift;  // multiprocessor m measures the pairs whose number is m + shift, modulo the number of blocks
-  int zero;   // 0, which the compiler must not know
+  int others;  // pairs in `other`, a multiple of the number of blocks
+  int shift;   // multiprocessor m measures the pairs whose number is m + shift, modulo the number of blocks
+  int zero;    // 0, which the compiler must not know
 };
 
 // One warp a block, one block a multiprocessor, which has lines come from memory and then reads them, one after the
 // other. What the other half's multiprocessors have read lately is in both halves: the lines must not be in L2 before.
 // A far line answers later only after some turns of all blocks, which other memory is for.
-constexpr int kOtherTurns = 16;
 template <class T>
 __device__ void measure_halves(const HalvesArgs& a) {
   constexpr int kWords = kChunkBytes / 4, kLines = 8;
@@ -46,9 +46,8 @@ __device__ void measure_halves(const HalvesArgs& a) {
   wait_for_inputs();
   const int lane = threadIdx.x, own = multiprocessor(), blocks = gridDim.x;
   if (lane == 0) a.where[blockIdx.x] = own;
-  const int others = kOtherTurns * blocks;
-  for (int i = (own + a.shift) % blocks; i < others + a.pairs; i += blocks) {
-    const uint32* pair = (i < others ? a.other : a.memory - static_cast<int64>(others) * 2 * kWords) +
+  for (int i = (own + a.shift) % blocks; i < a.others + a.pairs; i += blocks) {
+    const uint32* pair = (i < a.others ? a.other : a.memory - static_cast<int64>(a.others) * 2 * kWords) +
                          static_cast<int64>(i) * 2 * kWords;
     const uint32 here = load_cached(pair + lane * (2 * kWords / 32));
     uint32 after = __shfl_xor_sync(0xffffffffu, here, 1) & a.zero;
@@ -62,7 +61,7 @@ __device__ void measure_halves(const HalvesArgs& a) {
           after = load_cached(pair + chunk * kWords + line * (kWords / kLines) + after) & a.zero;
         cycles[chunk] = clock64() - start + after;
       }
-      if (i >= others) a.lead[i - others] = static_cast<int>(cycles[1] - cycles[0]);
+      if (i >= a.others) a.lead[i - a.others] = static_cast<int>(cycles[1] - cycles[0]);
     }
     __syncwarp();
   }

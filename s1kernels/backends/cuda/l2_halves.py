@@ -22,7 +22,7 @@ OTHER_TURNS = 16  # of all blocks, which read some of that first
 CLEAR = 0.25  # by how much more or less than half of their pairs two multiprocessors must agree on
 
 MEASURE = Kernel(
-    "persistent_frame", "measure_halves", block=32, pointers="memory other lead where", ints="pairs shift zero"
+    "persistent_frame", "measure_halves", block=32, pointers="memory other lead where", ints="pairs others shift zero"
 )
 
 
@@ -86,10 +86,10 @@ def _measure(memory: Tensor, dtype: torch.dtype, shift: int) -> Tensor | None:
     pairs = len(memory) // (2 * CHUNK_BYTES)
     lead = torch.zeros(pairs, dtype=torch.int32, device=device)
     where = torch.zeros(blocks, dtype=torch.int32, device=device)
-    others = max(FLUSH * l2_bytes(device), OTHER_TURNS * blocks * 2 * CHUNK_BYTES)
-    other = torch.zeros(others, dtype=torch.uint8, device=device)
+    others = OTHER_TURNS * blocks
+    other = torch.zeros(max(FLUSH * l2_bytes(device), others * 2 * CHUNK_BYTES), dtype=torch.uint8, device=device)
     MEASURE(
         dtype, device, grid=blocks, shared=facts.shared_memory_per_block_optin, memory=memory, other=other, lead=lead,
-        where=where, pairs=pairs, shift=shift, zero=0,
+        where=where, pairs=pairs, others=others, shift=shift, zero=0,
     )  # fmt: skip
     return lead if torch.equal(where.sort().values, torch.arange(blocks, dtype=torch.int32, device=device)) else None
