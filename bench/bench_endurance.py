@@ -46,13 +46,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--beside", action="store_true", help="another process multiplies matrices on the GPU meanwhile"
     )
+    parser.add_argument("--packed", action="store_true", help="weights in the half of L2 that is near")
     parser.add_argument("--small", action="store_true", help="a small model: does it run at all?")
     parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args()
     if not 1 <= options.run <= options.frames:
         parser.error("--run must be at least 1, and --frames as much")
-    if options.beside and torch.device(options.device).type != "cuda":
-        parser.error(f"--beside needs a CUDA device, --device is {options.device}")
+    for name in ("beside", "packed"):
+        if getattr(options, name) and torch.device(options.device).type != "cuda":
+            parser.error(f"--{name} needs a CUDA device, --device is {options.device}")
     return options
 
 
@@ -73,7 +75,9 @@ def load(device: str) -> Iterator[None]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     device, dtype = gpu.require(options.device), getattr(torch, options.dtype)
     shape = models.config(options.small, PROMPT + options.run)
-    engine = Engine(shape, models.weights(shape, dtype, device), constrained=True)
+    engine = Engine(shape, models.weights(shape, dtype, device), constrained=True, packed=options.packed)
+    if options.packed and (why := engine.decoder.frame.unpacked):
+        raise RuntimeError(f"weights are not packed: {why}")
     prompt, runs = models.prompt(shape, PROMPT, device), -(-options.frames // options.run)
     first = engine.generate(prompt, options.run, SAMPLING, seed=1)
     if first.shape[1] != options.run:
@@ -89,7 +93,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "provenance": provenance.collect(device), "model": models.describe(shape), "dtype": options.dtype,
         "backends": dict(engine.backends), "persistent": engine.persistent,
-        "beside": options.beside, "frames": runs * options.run, "runs": runs, "same": same,
+        "packed": options.packed, "beside": options.beside, "frames": runs * options.run, "runs": runs, "same": same,
         "milliseconds_per_frame": {
             "median": statistics.median(seconds) * 1e3, "least": min(seconds) * 1e3, "most": max(seconds) * 1e3,
         },

@@ -114,8 +114,8 @@ template <class T>
 __device__ void persistent_frame(const PersistentFrameArgs& a) {
 #if S1_ARCH == 0 || (S1_ARCH >= 900 && S1_ARCH < 1200)
   extern __shared__ __align__(128) unsigned char shared[];
-  static_assert(sizeof(Shared<T>) <= 231424, "what the host asks for");
-  static_assert(sizeof(Phase) == 96, "as the host writes it");
+  static_assert(sizeof(Shared<T>) <= 231808, "what the host asks for");
+  static_assert(sizeof(Phase) == 144, "as the host writes it");
   Shared<T>& s = *reinterpret_cast<Shared<T>*>(shared);
   if (threadIdx.x == 0) {
     number_block(a);
@@ -126,9 +126,11 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
     s.position = *a.position;
     s.first_phase = FrameStream<T>::first_phase(a, s.position);
     s.turn = *a.turn;
+    s.given_up = false;
     const int attending = PersistentFrame<T>::attending_warps(s.position) * 32;
     begin_barrier(kSampling, kSamplerThreads);
     begin_barrier(kAttending, attending);
+    begin_barrier(kAttended, kWorkers * 32);
     barriers_visible();
   }
   __syncthreads();
@@ -137,7 +139,7 @@ __device__ void persistent_frame(const PersistentFrameArgs& a) {
     if (lane_id() < kCopyLanes) FrameStream<T>::run(a, s);
     return;
   }
-  PersistentFrame<T> frame{{{{{{a, s, {a.abandoned, false}, static_cast<int>(threadIdx.x)}}}}}};
+  PersistentFrame<T> frame{{{{{{a, s, {a.abandoned, &s.given_up}, static_cast<int>(threadIdx.x)}}}}}};
   frame.run();
 #endif
 }

@@ -139,6 +139,7 @@ PTX(cp_async_bulk_shared_global_mbarrier_complete_tx_bytes)(uint32_t to, const v
 PTX(cp_async_shared_global)(uint32_t to, const void* from, int bytes, Site site) {
   async_copy(from_shared(to, site), from, bytes, site);
 }
+PTX(prefetch_global_L2)(const void* at, Site) { (void)*(const volatile char*)at; }
 PTX(cp_async_commit_group)(Site) { ++current->group; }
 PTX(cp_async_wait_group)(int n, Site) { do_async_copies(current->group > (uint32_t)n ? current->group - n : 0); }
 PTX(cp_async_wait_all)(Site) { do_async_copies(~0u); }

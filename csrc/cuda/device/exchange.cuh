@@ -46,16 +46,17 @@ __device__ __forceinline__ bool any_empty(const Vec16& v) {
 
 // A reader's patience.
 struct Waiting {
-  int* abandoned;  // global: set once any reader has given up
-  bool given_up;
+  int* abandoned;           // global: set once any reader has given up
+  volatile bool* given_up;  // shared: whether one of this block knows it
 
   // Whether to poll once more, after poll number n.
   __device__ __forceinline__ bool again(int n) {
-    if (given_up) return false;
+    if (*given_up) return false;
     if (n % 1024 != 1023) return true;
     if (n >= kPatientPolls) atomicExch(abandoned, 1);
-    given_up = *static_cast<volatile int*>(abandoned) != 0;
-    return !given_up;
+    if (*static_cast<volatile int*>(abandoned) == 0) return true;
+    *given_up = true;
+    return false;
   }
   // kCount times four words, `step` words apart. Every poll asks for all that are missing.
   template <int kCount>
@@ -93,8 +94,16 @@ struct Waiting {
   // kCount times two words.
   template <int kCount>
   __device__ __forceinline__ void take2s(const uint32* const (&at)[kCount], uint2 (&v)[kCount]) {
+    ask2s(at, v);
+    insist2s(at, v);
+  }
+  template <int kCount>
+  __device__ __forceinline__ void ask2s(const uint32* const (&at)[kCount], uint2 (&v)[kCount]) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) v[i] = peek2(at[i]);
+  }
+  template <int kCount>
+  __device__ __forceinline__ void insist2s(const uint32* const (&at)[kCount], uint2 (&v)[kCount]) {
     for (int n = 0;; ++n) {
       bool missing[kCount], any = false;
 #pragma unroll

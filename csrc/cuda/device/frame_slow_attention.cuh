@@ -12,6 +12,7 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
   using Base::a;
   using Base::kRowWords;
   using Base::lane;
+  using Base::order;
   using Base::s;
   using Base::waiting;
   using Base::warp;
@@ -54,21 +55,23 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
     if (s.position <= kParted) return this->template attend_in_parts<kMostParts>(f);
     attend_share(f);
     this->forget_thread();
+    if (order() >= kCombiners) return;
     combine(f);
+    leave_results();
   }
 
   // First half: this block has a part of the positions of one key/value head, of which a warp has sixteen at a time;
   // the last warp of the last part has the frame's own as well. The first warps merge.
   __device__ __forceinline__ void attend_share(const Phase& f) {
-    if (warp() < PastShare(s.position).warps()) attend_groups(f);
+    if (order() < PastShare(s.position).warps()) attend_groups(f);
     const PastShare mine(s.position);
     if (mine.begin == mine.end && !mine.has_own()) return;
     const bool own = mine.has_own() && warp() == kWorkers - 1;
     if (own) attend_own_position(f);
-    if (warp() < kMergers) {
+    if (order() < kMergers) {
       sync_attending(sharing_warps(mine));
       merge_sums(f);
-    } else if (own || warp() < mine.warps()) {
+    } else if (own || order() < mine.warps()) {
       leave_sums(sharing_warps(mine));
     }
   }
@@ -79,14 +82,14 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
   __device__ __forceinline__ const uint32* share_words(const Phase& f, int row) const {
     return a.words + (f.in + row * kRowWords + column() / 2);
   }
-  // What makes queries (of = 0) or keys (of = 1) of the lane's eight elements.
+  // What makes queries or keys, which have these norm weights, of the lane's eight elements.
   struct WideTurn {
     bool normed;
     Vec16 weights;
     const uint32* angles;  // in L1, since all layers want them
 
-    __device__ __forceinline__ WideTurn(const PersistentFrameArgs& a, int layer, int of, int position, int column) {
-      const T* from = reinterpret_cast<const T*>(a.norms[2 * layer + of]);
+    __device__ __forceinline__ WideTurn(const PersistentFrameArgs& a, uint64 norm, int position, int column) {
+      const T* from = reinterpret_cast<const T*>(norm);
       normed = from != nullptr;
       const uint32 ones = pack<T>(1.0f, 1.0f);
       weights = normed ? load_vec(from + column) : Vec16{{ones, ones, ones, ones}};
@@ -123,17 +126,17 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
     using Share = PastShare;
     static_assert(Share::kGroups * Share::kGroupUnits + 2 <= kSlots, "of these groups, and of slow_output()");
     Running found;
-    attend_group<true>(f, warp() / Share::kGroupWarps, found);
+    attend_group<true>(f, order() / Share::kGroupWarps, found);
 #pragma unroll 1
     for (int before = Share::kGroups; before * Share::kGroupUnits < f.units; before += Share::kGroups) {
       sync_workers();
       this->forget_thread();
-      const int group = before + warp() / Share::kGroupWarps;
+      const int group = before + order() / Share::kGroupWarps;
       if (group * Share::kGroupUnits < f.units) attend_group<false>(f, group, found);
     }
     const float total = warp_sum<4>(found.total);
     __syncwarp();
-    Sums& to = room()[warp()].sums[side()];
+    Sums& to = room()[order()].sums[side()];
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       *reinterpret_cast<float2*>(to.element + lane() / 4 % 4 * 32 + j * 8 + lane() % 4 * 2) = {
@@ -148,7 +151,7 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
 
     __device__ __forceinline__ GroupRows(const FrameSlowAttention& frame, int group) {
       const PastShare mine(frame.s.position);
-      first = frame.warp() % PastShare::kGroupWarps * 2;
+      first = frame.order() % PastShare::kGroupWarps * 2;
       left = mine.end - mine.begin - group * PastShare::kGroupPositions - first;
     }
     __device__ __forceinline__ bool has(int run, int i) const { return run * PastShare::kRunRows + i < left; }
@@ -201,15 +204,15 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
       }
       this->template release_for<kTimes>(units);
       this->forget_thread();
-      const WideTurn turn(a, f.layer, 0, s.position, column());
+      const WideTurn turn(a, f.cached.query_norm, s.position, column());
       const Vec16 query = turn(waiting.take4(share_words(f, Base::key_head() * 2 + side())), a.eps);
       __syncwarp();
-      store_vec(room()[warp()].query[side()] + column(), query);
+      store_vec(room()[order()].query[side()] + column(), query);
       __syncwarp();
     }
     const GroupRows rows(*this, number);
     const int lane = this->lane(), t = lane % 4, group = lane / 4 % 4;
-    const uint32 query_at = shared_address(room()[warp()].query[lane % 8 / 4]) + lane / 8 * 16;
+    const uint32 query_at = shared_address(room()[order()].query[lane % 8 / 4]) + lane / 8 * 16;
     float score[2][2], top = found.top;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -255,7 +258,8 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
 
   // The frame's own position, whose key and value this block keeps.
   __device__ __forceinline__ void attend_own_position(const Phase& f) {
-    const WideTurn q_turn(a, f.layer, 0, s.position, column()), k_turn(a, f.layer, 1, s.position, column());
+    const WideTurn q_turn(a, f.cached.query_norm, s.position, column());
+    const WideTurn k_turn(a, f.cached.key_norm, s.position, column());
     const int head = Base::key_head(), query_row = 2 * head + side();
     const int fresh_row = Base::kQueryHeads + side() * Base::kKeyHeads + head;
     Vec16 x[2], key, value;
@@ -277,15 +281,15 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
     if (column() == 0) to.known = {1.0f, score * (rsqrtf(static_cast<float>(kSlowDim)) * kLog2e)};
     if (side() != 0) return;
     const int64 at = static_cast<int64>(s.position) * kSlowDim + column();
-    store_vec(cached_rows<T>(a, f.layer, 0) + at, key);
-    store_vec(cached_rows<T>(a, f.layer, 1) + at, value);
+    store_vec(cached_rows<T>(a, f.cached.keys) + at, key);
+    store_vec(cached_rows<T>(a, f.cached.values) + at, value);
   }
 
   // Puts what the block found where the blocks that combine look for it: a warp half of a head's elements, two a lane.
   static constexpr int kMergers = 4;
   __device__ __forceinline__ void merge_sums(const Phase& f) {
     const PastShare mine(s.position);
-    const int head = warp() / 2, d = (warp() % 2 * kWarp + lane()) * 2;
+    const int head = order() / 2, d = (order() % 2 * kWarp + lane()) * 2;
     const bool left = lane() < mine.warps() || (lane() == kWorkers && mine.has_own());
     const float2 known = left ? room()[lane()].sums[head].known : float2{0.0f, -infinity()};
     const float top = warp_max(known.y), weight = exp2_of(known.y - top), total = warp_sum(weight * known.x);
@@ -312,10 +316,10 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
 
   // Second half: this block merges the parts of sixteen elements of one query head: four a lane of half a warp, whose
   // lanes have a part each. No other block reads these words.
+  static constexpr int kCombiners = 2;
   __device__ __forceinline__ void combine(const Phase& f) {
-    if (warp() >= 2) return;
     const PastShare mine(s.position);
-    const int first = warp() * 8 + lane() / kSplits * 4, part = lane() % kSplits;
+    const int first = order() * 8 + lane() / kSplits * 4, part = lane() % kSplits;
     float2 x[3] = {{0.0f, -infinity()}, {0.0f, 0.0f}, {0.0f, 0.0f}};
     if (part * mine.chunk < s.position || part == kSplits - 1) {
       const uint32* from = a.parts + (Base::block() * kSplits + part) * kPartWords;
@@ -332,8 +336,11 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
     if (part < 2) put_word(to, part == 0 ? pack<T>(y[0], y[1]) : pack<T>(y[2], y[3]));
   }
 
-  // The projection behind slow attention.
+  // The projection behind slow attention. Warps that have nothing to attend to, or are done, do not ask for its words
+  // before this block has passed on its own: the others' are not there yet either, and polls stand in the way.
   __device__ __forceinline__ void slow_output(const Phase& f) {
+    const bool passed_on = s.position <= kParted ? warp() == kWorkers - 1 : order() < kCombiners;
+    if (!passed_on) sync_results();
     if (s.position > kWhole && s.position <= kParted) return output_of_parts(f);
     output<2>(f);
   }

@@ -12,9 +12,9 @@ namespace s1 {
 
 constexpr int kBlocks = 128, kPairs = kBlocks / 2;
 constexpr int kWorkers = 16;  // warps that compute
-// Units of the ring that are copied at a time: as few as keep memory busy, since copies stand in the words' way, less
-// so if they come from the near half of L2. The head passes on nothing.
-constexpr int kUnderWay = 2, kUnderWayNear = 3, kUnderWayPast = 4, kUnderWayHead = 6;
+// Units of the ring that are copied at a time: as few as keep memory busy, since copies stand in the words' way. Packed
+// weights stand less in it (PersistentFrameArgs::under_way_near). The head passes on nothing.
+constexpr int kUnderWay = 2, kUnderWayPast = 4, kUnderWayHead = 6;
 constexpr int kSayers = S1_RACECHECK ? 32 : 1;    // lanes of a warp that wait for a unit, and that give it back
 constexpr int kCopyLanes = S1_RACECHECK ? 1 : 2;  // that copy units
 constexpr int kWidth = 1024;                      // C of both stacks
@@ -37,6 +37,13 @@ constexpr int kMostLogits = 1280;  // main logits of a block
 
 enum Kind { kQkv, kAttend, kSlowOutput, kOutput, kSwiglu, kFastQkv, kFastOutput, kHead, kFastHead };
 
+// What slow attention attends to, in a layer.
+struct PhaseCaches {
+  uint64 keys, values;            // T [G, S, 128]
+  uint64 next_keys, next_values;  // the next layer's, or 0
+  uint64 query_norm, key_norm;    // weights, T [128], or 0
+};
+
 struct Phase {
   uint64 weight;       // T [rows, slices * 1024], or packed (own_block()), of kSwiglu tiles of w1 and w3 by turns; or 0
   uint64 second;       // of kSwiglu, where weight is w1: w3
@@ -49,16 +56,17 @@ struct Phase {
   int vectors;  // 1, or 2 in the fast stack's first pass
   int out;
   int slices;
-  int layer;         // of its stack
-  int position;      // of the first vector in the fast stack; of kFastHead: the number of the code that is drawn
-  int units;         // of the ring, in every block; whole steps of kHead; of kAttend: of the past
-  int chunks;        // packed: of these units, that hold weights
-  int unit;          // packed: the first one's number among those of all matrices; without any, of the next phase's
-  int past;          // of kFastOutput: word offset of all positions' qkv of the layer that comes next
-  int kept;          // how many of these positions are copied; in the phase that waits for them too
-  float kept_share;  // of the weights: what L2 is to keep of them, since they come again
-  int slot;          // of the first unit
-  uint32 parity;     // of its turn
+  int layer;           // of its stack
+  int position;        // of the first vector in the fast stack; of kFastHead: the number of the code that is drawn
+  int units;           // of the ring, in every block; whole steps of kHead; of kAttend: of the past
+  int chunks;          // packed: of these units, that hold weights
+  int unit;            // packed: the first one's number among those of all matrices; without any, of the next phase's
+  int past;            // of kFastOutput: word offset of all positions' qkv of the layer that comes next
+  int kept;            // how many of these positions are copied; in the phase that waits for them too
+  float kept_share;    // of the weights: what L2 is to keep of them, since they come again
+  int slot;            // of the first unit
+  uint32 parity;       // of its turn
+  PhaseCaches cached;  // of kAttend
 };
 
 struct PersistentFrameArgs {
@@ -73,8 +81,6 @@ struct PersistentFrameArgs {
   const void* text_embedding;  // [Vt, 1024]
   const void* codebook_embedding;  // [N*K, 1024]
   const void* fast_embedding;      // [K, 1024]
-  const uint64* caches;            // [2 * slow layers] k then v of each layer, T [G, S, 128]
-  const uint64* norms;             // [2 * slow layers] q then k norm weights of each layer, T [128], or null
   const void* cos_sin;             // [P, 64, 2]
   const void* fast_cos_sin;        // [N, 32, 2]
   const int* ids;                  // [V] or null
@@ -93,6 +99,7 @@ struct PersistentFrameArgs {
   const uint8* near;   // [units of all matrices, kPairs], bits of its pairs of chunks: the even block's is the second;
                        // or null: weights are not packed
   int* tickets;        // [2], zero before the launch
+  int under_way_near;  // units of packed weights that are copied at a time
   int phase_count;
   int slow_layers;
   int codebooks;      // N
@@ -113,7 +120,7 @@ struct PersistentFrameArgs {
 
 // Barriers among some of a block's warps. Not the aligned kind: a warp may arrive in pieces, after polls that took its
 // lanes different times.
-enum Barrier { kWorking = 1, kSampling, kAttending, kBarriers };
+enum Barrier { kWorking = 1, kSampling, kAttending, kAttended, kBarriers };
 
 #if S1_RACECHECK  // compute-sanitizer loses count of more than one named barrier: mbarriers, but for the workers'
 __device__ __forceinline__ uint64* barrier_of(Barrier b) {
@@ -150,6 +157,9 @@ __device__ __forceinline__ void sync_samplers() { meet(kSampling, kSamplerThread
 // The warps that attend leave their sums to those that merge them.
 __device__ __forceinline__ void leave_sums(int warps) { arrive(kAttending, warps * 32); }
 __device__ __forceinline__ void sync_attending(int warps) { meet(kAttending, warps * 32); }
+// Those that have passed on what slow attention found let the others go on.
+__device__ __forceinline__ void leave_results() { arrive(kAttended, kWorkers * 32); }
+__device__ __forceinline__ void sync_results() { meet(kAttended, kWorkers * 32); }
 
 __device__ __forceinline__ int64 nanoseconds() {
   int64 t;
@@ -206,6 +216,7 @@ struct Shared {
   Phase phases[8];  // this one, the next four, and those that some may still read
   int position;     // of the frame
   uint32 turn;      // number of the frame
+  bool given_up;    // whether a reader of words in this block has
 };
 
 }  // namespace s1

@@ -37,11 +37,11 @@ struct PastShare {
   }
 };
 
-// A layer's keys (side 0) or values (side 1) of this block's key/value head, in its cache.
+// The rows of this block's key/value head in a cache of keys, or of values.
 template <class T>
-__device__ __forceinline__ T* cached_rows(const PersistentFrameArgs& a, int layer, int side) {
+__device__ __forceinline__ T* cached_rows(const PersistentFrameArgs& a, uint64 cache) {
   const int64 first = static_cast<int64>(own_block() / kSplits) * a.capacity;
-  return reinterpret_cast<T*>(a.caches[2 * layer + side]) + first * kSlowDim;
+  return reinterpret_cast<T*>(cache) + first * kSlowDim;
 }
 
 template <class T>
@@ -88,7 +88,7 @@ struct FrameStream {
       const Phase f = next;
       const int under_way = f.kind == kHead     ? kUnderWayHead
                             : f.kind == kAttend ? kUnderWayPast
-                            : kPacked           ? kUnderWayNear
+                            : kPacked           ? a.under_way_near
                                                 : kUnderWay;
       if (p + 1 < a.phase_count) next = phases[p + 1];
       const uint64 policy = f.kept_share > 0.0f ? keep_share(f.kept_share) : pass_through();
@@ -154,7 +154,8 @@ struct FrameStream {
     for (int i = 0; i < Copies::kMost; ++i) {
       const int side = i / Share::kUnitRuns, run = i % Share::kUnitRuns;
       const int first = mine.begin + u * Share::kUnitPositions + run * Share::kRunRows;
-      c.from[i] = reinterpret_cast<uint64>(cached_rows<T>(a, f.layer, side) + static_cast<int64>(first) * kSlowDim);
+      const T* rows = cached_rows<T>(a, side == 0 ? f.cached.keys : f.cached.values);
+      c.from[i] = reinterpret_cast<uint64>(rows + static_cast<int64>(first) * kSlowDim);
       c.to[i] = side * kPiecePitch + Share::run_at(u % Share::kGroupUnits * Share::kUnitRuns + run);
       c.bytes[i] = max(0, min(mine.end - first, Share::kRunRows)) * Share::kPositionBytes;
     }

@@ -78,32 +78,59 @@ struct FrameWholeAttention : FrameProjections<T> {
     return {static_cast<int>(begin), static_cast<int>(end - begin)};
   }
 
-  // Of a layer's keys (side 0) or values (side 1), one of this warp's sixteen. Rows that are not there are the last
-  // one.
-  static __device__ __forceinline__ const T* past_row(const PersistentFrameArgs& a, const Past& past, int layer,
-                                                      int side, int warp, int place) {
+  // One of this warp's sixteen rows of a cache. Rows that are not there are the last one.
+  static __device__ __forceinline__ const T* past_row(const PersistentFrameArgs& a, const Past& past, uint64 cache,
+                                                      int warp, int place) {
     const int row = past.begin + min(warp * kChunkStep + place, past.count - 1);
-    return cached_rows<T>(a, layer, side) + static_cast<int64>(row) * kSlowDim;
+    return cached_rows<T>(a, cache) + static_cast<int64>(row) * kSlowDim;
   }
+
+  // In which order warps are taken to attend: those that have added up the queries come late, and last. The last warp
+  // stays the last.
+  static constexpr int kLate = 4;
+  static __device__ __forceinline__ int order(int warp) {
+    return warp < kLate ? warp + kWorkers - 1 - kLate : warp < kWorkers - 1 ? warp - kLate : warp;
+  }
+  __device__ __forceinline__ int order() const { return order(warp()); }
 
   // Starts to copy this warp's values of a layer, each lane a matrix's row (device/matrices.cuh). The order of their
   // positions is that of the weights in attend_past().
   template <int kParts>
   static __device__ __forceinline__ void copy_values(const PersistentFrameArgs& a, Shared<T>& s, const Past& past,
-                                                     int layer, int warp, int lane) {
+                                                     uint64 values, int warp, int lane) {
     const int row = lane % 8, matrix = lane / 8;
-    if (layer >= a.slow_layers || warp >= past.warps()) return;
-    const T* from = past_row(a, past, layer, 1, warp, row / 2 * 2 + row % 2 * 8 + matrix / 2) +
+    const T* from = past_row(a, past, values, warp, row / 2 * 2 + row % 2 * 8 + matrix / 2) +
                     slice<kParts>() * kSliceDim<kParts> + matrix % 2 * 8;
     Vec16* to = &room<kParts>(s).past[warp].values[0][lane];
 #pragma unroll
     for (int i = 0; i < kParts; ++i) copy_once(to + i * kWarp, from + i * 16);
   }
 
-  // What has to be there before the first layer: each warp's values, and zeros where no warp will leave sums.
+  // Has L2 fetch this warp's keys of a layer, of which every block that reads them asks for some.
+  template <int kParts>
+  static __device__ __forceinline__ void fetch_keys(const PersistentFrameArgs& a, const Past& past, uint64 keys,
+                                                    int warp, int lane) {
+    constexpr int kReaders = kSplits / kParts, kRows = kChunkStep / kReaders, kLinesOfRow = kSlowDim * 2 / 128;
+    if (lane >= kRows * kLinesOfRow) return;
+    const int place = Base::block() % kSplits / kParts * kRows + lane / kLinesOfRow;
+    prefetch(past_row(a, past, keys, warp, place) + lane % kLinesOfRow * 64);
+  }
+  // Starts to fetch what this warp will want of a layer.
+  template <int kParts>
+  static __device__ __forceinline__ void fetch_past(const PersistentFrameArgs& a, Shared<T>& s, const Past& past,
+                                                    uint64 keys, uint64 values, int warp, int lane) {
+    if (keys == 0 || warp >= past.warps()) return;
+    copy_values<kParts>(a, s, past, values, warp, lane);
+    fetch_keys<kParts>(a, past, keys, warp, lane);
+  }
+
+  // What has to be there before the first layer, whose attention is the list's second phase: what each warp will want,
+  // and zeros where no warp will leave sums.
   template <int kParts>
   static __device__ __forceinline__ void begin_parts(const PersistentFrameArgs& a, Shared<T>& s, int warp, int lane) {
-    copy_values<kParts>(a, s, past<kParts>(s.position), 0, warp, lane);
+    const PhaseCaches& first = a.phases[1].cached;
+    if (warp < kWorkers)
+      fetch_past<kParts>(a, s, past<kParts>(s.position), first.keys, first.values, order(warp), lane);
     if (warp != kWorkers - 1) return;
     Room<kParts>& left = room<kParts>(s);
     if (lane < kWorkers) left.known[lane] = {0.0f, -infinity()};
@@ -112,10 +139,11 @@ struct FrameWholeAttention : FrameProjections<T> {
 
   template <int kParts>
   __device__ __forceinline__ void attend_in_parts(const Phase& f) {
+    this->forget_thread();
     const Past past = FrameWholeAttention::past<kParts>(s.position);
-    if (warp() < past.warps()) {
+    if (order() < past.warps()) {
       attend_past<kParts>(f, past);
-      copy_values<kParts>(a, s, past, f.layer + 1, warp(), lane());
+      fetch_past<kParts>(a, s, past, f.cached.next_keys, f.cached.next_values, order(), lane());
     } else if (warp() == kWorkers - 1) {
       constexpr int kPairs = kSliceDim<kParts> / 2;
       const int word = query_head() * kRowWords + slice<kParts>() * kPairs + lane();
@@ -127,17 +155,18 @@ struct FrameWholeAttention : FrameProjections<T> {
       if (own) fresh = attend_own<kParts>(f, past.warps());
       sync_attending(past.warps() + 1);
       merge<kParts>(result_at, level_at);
+      leave_results();
       if (own) keep<kParts>(f, fresh);
     }
   }
 
-  // What makes queries (of = 0) or keys (of = 1) of a lane's four elements, from 4 * lane on.
+  // What makes queries or keys, which have these norm weights, of a lane's four elements, from 4 * lane on.
   struct Turn {
     bool normed;
     uint2 weights;
 
-    __device__ __forceinline__ Turn(const PersistentFrameArgs& a, int layer, int of, int lane) {
-      const T* from = reinterpret_cast<const T*>(a.norms[2 * layer + of]);
+    __device__ __forceinline__ Turn(uint64 norm, int lane) {
+      const T* from = reinterpret_cast<const T*>(norm);
       const uint32 ones = pack<T>(1.0f, 1.0f);
       normed = from != nullptr;
       weights = normed ? load_pairs(from + lane * 4) : uint2{ones, ones};
@@ -169,27 +198,24 @@ struct FrameWholeAttention : FrameProjections<T> {
   // Sixteen positions of the past.
   template <int kParts>
   __device__ __forceinline__ void attend_past(const Phase& f, const Past& past) {
-    const int warp = this->warp(), lane = this->lane(), g = lane / 4, t = lane % 4, place = warp * kChunkStep + g;
+    const int warp = order(), lane = this->lane(), g = lane / 4, t = lane % 4, place = warp * kChunkStep + g;
     auto& mine = room<kParts>(s).past[warp];
     uint32* query_at = &mine.query[lane / 16][0][lane / 2 % 4][lane / 8 % 2 * 2 + lane % 2];
-    const Turn turn(a, f.layer, 0, lane);
+    const Turn turn(f.cached.query_norm, lane);
     const uint2 angles = this->angles();
-    Vec16 key[2][4];  // positions g and g + 8 of the sixteen, columns 8t on of every 32
+    const uint32* const words[1] = {row_words(f, query_head())};
+    uint2 x[1];
+    waiting.ask2s(words, x);  // behind the keys, the answer would be late
+    Vec16 key[2][4];          // positions g and g + 8 of the sixteen, columns 8t on of every 32
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const T* from = past_row(a, past, f.layer, 0, warp, i * 8 + g) + t * 8;
+      const T* from = past_row(a, past, f.cached.keys, warp, i * 8 + g) + t * 8;
 #pragma unroll
       for (int j = 0; j < 4; ++j) key[i][j] = load_once(from + j * 32);
     }
-    copies_done();
-    __syncwarp();
-    Vec16 value[kParts];
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) value[i] = load_transposed(shared_address(&mine.values[i][lane]));
     float* const sums = room<kParts>(s).sums[warp] + t * 16 + g;
     float2* const known = room<kParts>(s).known + warp;
-    uint2 x[1];
-    waiting.take2s({row_words(f, query_head())}, x);
+    waiting.insist2s(words, x);
     __syncwarp();
     float scale = rsqrtf(static_cast<float>(kSlowDim)) * kLog2e, square;
     float2 y[2];
@@ -214,6 +240,11 @@ struct FrameWholeAttention : FrameProjections<T> {
         Mma<T>::add(sum[i % 2], k.word[0], k.word[1], k.word[2], k.word[3], q.word[i / 2 * 2], q.word[i / 2 * 2 + 1]);
       }
     }
+    copies_done();
+    __syncwarp();
+    Vec16 value[kParts];
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) value[i] = load_transposed(shared_address(&mine.values[i][lane]));
     if constexpr (!kScaleBeforeRounding<T>) scale *= turn.scale(square, a.eps);
     const float score[2] = {place < past.count ? sum[0][0] + sum[0][3] : -infinity(),
                             place + 8 < past.count ? sum[1][0] + sum[1][3] : -infinity()};
@@ -252,7 +283,7 @@ struct FrameWholeAttention : FrameProjections<T> {
   template <int kParts>
   __device__ __forceinline__ Fresh attend_own(const Phase& f, int place) {
     const int lane = this->lane(), key_row = kQueryHeads + key_head();
-    const Turn q_turn(a, f.layer, 0, lane), k_turn(a, f.layer, 1, lane);
+    const Turn q_turn(f.cached.query_norm, lane), k_turn(f.cached.key_norm, lane);
     const uint2 angles = this->angles();
     float* const sums = room<kParts>(s).sums[place] + lane % kLanes<kParts> * 4;
     float2* const known = room<kParts>(s).known + place;
@@ -278,8 +309,8 @@ struct FrameWholeAttention : FrameProjections<T> {
   __device__ __forceinline__ void keep(const Phase& f, const Fresh& fresh) {
     if (query_head() % 2 != 0 || slice<kParts>() != 0) return;
     const int64 at = static_cast<int64>(s.position) * kSlowDim + lane() * 4;
-    *reinterpret_cast<uint2*>(cached_rows<T>(a, f.layer, 0) + at) = fresh.key;
-    *reinterpret_cast<uint2*>(cached_rows<T>(a, f.layer, 1) + at) = fresh.value;
+    *reinterpret_cast<uint2*>(cached_rows<T>(a, f.cached.keys) + at) = fresh.key;
+    *reinterpret_cast<uint2*>(cached_rows<T>(a, f.cached.values) + at) = fresh.value;
   }
 
   // Merges what the warps have left: of those that leave nothing, begin_parts() left zeros. A lane has two elements, of

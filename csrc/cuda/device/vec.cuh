@@ -44,6 +44,8 @@ __device__ __forceinline__ void copy_async4(uint32* to, const uint32* from) {
   *to = *from;
 #endif
 }
+// Has L2 fetch a line.
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 __device__ __forceinline__ void copies_done() {
 #if S1_ARCH >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");

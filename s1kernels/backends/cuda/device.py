@@ -6,6 +6,9 @@ from functools import cache
 
 import torch
 
+from s1kernels.backends.cuda import driver
+from s1kernels.backends.cuda.driver import Attribute
+
 
 def index_of(device: torch.device) -> int:
     """The device's number; "cuda" alone is the current device."""
@@ -31,6 +34,11 @@ def l2_bytes(device: torch.device) -> int:
     return _l2_bytes(index_of(device))
 
 
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes a second that the memory's pins carry."""
+    return _memory_bandwidth(index_of(device))
+
+
 @cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
@@ -44,3 +52,9 @@ def _multiprocessors(index: int) -> int:
 @cache
 def _l2_bytes(index: int) -> int:
     return torch.cuda.get_device_properties(index).L2_cache_size
+
+
+@cache
+def _memory_bandwidth(index: int) -> float:
+    kilohertz, bits = (driver.attribute(index, a) for a in (Attribute.MEMORY_CLOCK_RATE, Attribute.MEMORY_BUS_WIDTH))
+    return 2 * kilohertz * 1e3 * bits / 8  # two transfers a clock

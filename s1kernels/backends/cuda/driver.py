@@ -25,6 +25,7 @@ class Attribute(IntEnum):
 
     MULTIPROCESSORS = 16
     EXEC_TIMEOUT = 17  # the system ends kernels that take too long
+    MEMORY_CLOCK_RATE, MEMORY_BUS_WIDTH = 36, 37  # kilohertz, bits
     MAJOR, MINOR = 75, 76  # of the compute capability
     COOPERATIVE_LAUNCH = 95
     MAX_SHARED_OPTIN = 97  # bytes of shared memory a block

@@ -18,7 +18,8 @@ CHUNK_BYTES = 4096  # neighbours are in different halves
 MULTIPROCESSORS = 1024  # in a table of them
 TRIES = 3
 FLUSH = 4  # times L2: what is written so that nothing else is in it
-OTHER_TURNS = 16  # of all blocks, which read some of that first
+OTHER_TURNS = 32  # of all blocks, which read some of that first
+TIMES = 2  # that a multiprocessor measures a pair: of an H200's pairs, one in five hundred is mistaken by one time
 CLEAR = 0.25  # by how much more or less than half of their pairs two multiprocessors must agree on
 
 MEASURE = Kernel(
@@ -44,7 +45,7 @@ class Halves:
 
 
 def measure(memory: Tensor, dtype: torch.dtype) -> Halves | None:
-    """The halves of uint8 memory, [pairs * 2 * CHUNK_BYTES] from a multiple of that on; some 15 ms a gigabyte. None if
+    """The halves of uint8 memory, [pairs * 2 * CHUNK_BYTES] from a multiple of that on; some 30 ms a gigabyte. None if
     they cannot be told apart: L2 is one, or others use the GPU. A pair that is mistaken is read from afar."""
     for _ in range(TRIES):
         lead, again = (_measure(memory, dtype, shift) for shift in (0, 1))
@@ -80,16 +81,19 @@ def told_apart(lead: Tensor, again: Tensor, count: int) -> tuple[Tensor, Tensor]
 
 
 def _measure(memory: Tensor, dtype: torch.dtype, shift: int) -> Tensor | None:
-    """Leads, or None if not every multiprocessor has had a block."""
+    """Leads, of TIMES times, or None if not every multiprocessor has had a block."""
     device, blocks = memory.device, multiprocessors(memory.device)
     facts: Any = torch.cuda.get_device_properties(device)
     pairs = len(memory) // (2 * CHUNK_BYTES)
-    lead = torch.zeros(pairs, dtype=torch.int32, device=device)
-    where = torch.zeros(blocks, dtype=torch.int32, device=device)
+    lead = torch.zeros(TIMES, pairs, dtype=torch.int32, device=device)
+    where = torch.zeros(TIMES, blocks, dtype=torch.int32, device=device)
     others = OTHER_TURNS * blocks
-    other = torch.zeros(max(FLUSH * l2_bytes(device), others * 2 * CHUNK_BYTES), dtype=torch.uint8, device=device)
-    MEASURE(
-        dtype, device, grid=blocks, shared=facts.shared_memory_per_block_optin, memory=memory, other=other, lead=lead,
-        where=where, pairs=pairs, others=others, shift=shift, zero=0,
-    )  # fmt: skip
-    return lead if torch.equal(where.sort().values, torch.arange(blocks, dtype=torch.int32, device=device)) else None
+    other = torch.empty(max(FLUSH * l2_bytes(device), others * 2 * CHUNK_BYTES), dtype=torch.uint8, device=device)
+    for i in range(TIMES):
+        other.zero_()
+        MEASURE(
+            dtype, device, grid=blocks, shared=facts.shared_memory_per_block_optin, memory=memory, other=other,
+            lead=lead[i], where=where[i], pairs=pairs, others=others, shift=shift, zero=0,
+        )  # fmt: skip
+    all_numbers = torch.arange(blocks, dtype=torch.int32, device=device).expand_as(where)
+    return lead.sum(0) if torch.equal(where.sort().values, all_numbers) else None

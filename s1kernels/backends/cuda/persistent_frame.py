@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from s1kernels.backends.cuda import driver
-from s1kernels.backends.cuda.device import index_of, l2_bytes
+from s1kernels.backends.cuda.device import index_of, l2_bytes, memory_bandwidth
 from s1kernels.backends.cuda.launch import Kernel, Launch, capability, multiprocessors
 from s1kernels.backends.cuda.packed_weights import (
     BLOCKS,
@@ -32,7 +32,7 @@ from s1kernels.model.config import DualARConfig, StackConfig
 from s1kernels.model.weights import LayerWeights, Weights
 
 PARTS, PASSES = 4, 96
-SHARED_BYTES = 231_424  # sizeof(Shared<T>), rounded up
+SHARED_BYTES = 231_808  # sizeof(Shared<T>), rounded up
 MOST_LOGITS = 1280  # of a block
 LEVELS = 8 * 32  # words with the weights of these parts
 SLOTS = 10  # of the ring
@@ -44,13 +44,17 @@ KEPT_IN_L2 = 0.4  # of its bytes, for weights that come again; what helps most o
 FRAME = Kernel(
     "persistent_frame", "persistent_frame", block=544,
     pointers="phases words passes parts abandoned turn tokens position text_embedding codebook_embedding "
-    "fast_embedding caches norms cos_sin fast_cos_sin ids logit_bias window temperature top_p repetition_penalty top_k "
+    "fast_embedding cos_sin fast_cos_sin ids logit_bias window temperature top_p repetition_penalty top_k "
     "rng main_logits fast_logits out times sides near tickets",
-    ints="phase_count slow_layers codebooks codebook_size text_rows semantic_begin semantic_end capacity "
-    "fast_rows width main_threads fast_threads fast_offset fast_step",
+    ints="under_way_near phase_count slow_layers codebooks codebook_size text_rows semantic_begin semantic_end "
+    "capacity fast_rows width main_threads fast_threads fast_offset fast_step",
     floats="scale eps",
 )  # fmt: skip
 PREPARE = Kernel("persistent_frame", "prepare_frame", block=256, pointers="words abandoned", ints="count")
+
+
+Caches = tuple[list[Tensor], list[Tensor]]
+"""[1, G, S, D] of each of the slow layers: keys, then values."""
 
 
 class Kind(IntEnum):
@@ -72,6 +76,8 @@ class Phase:
     position: int = 0
     past: int = 0
     kept: int = 0
+    norms: tuple[Tensor | None, Tensor | None] = (None, None)
+    """Of slow attention's queries and keys."""
 
     def units(self, past: int = 0) -> int:
         """Of the ring, for each block, whose past has so many."""
@@ -80,7 +86,9 @@ class Phase:
         units = units_of(self.weights) if self.weights else 0
         return -(-units // HEAD_UNITS) * HEAD_UNITS if self.kind == Kind.HEAD else units
 
-    def as_struct(self, place: tuple[int, int] | None, before: int, past_units: int, kept_share: float) -> bytes:
+    def as_struct(
+        self, place: tuple[int, int] | None, before: int, past_units: int, kept_share: float, caches: Caches
+    ) -> bytes:
         """With packed weights at a place, or as they lie, when so many units come before, a block's past has
         `past_units`, and L2 keeps a share of the weights."""
         turn, slot = divmod(before, SLOTS)
@@ -91,11 +99,20 @@ class Phase:
         if place is not None:
             (weight, unit), second, chunks = place, 0, chunks_of(self.weights) if self.weights else 0
         norm_weight = 0 if self.norm_weight is None else self.norm_weight.data_ptr()
+        cached = [0] * 6
+        if self.kind == Kind.ATTEND:
+            layers = [*zip(*caches, strict=True), (None, None)][self.layer : self.layer + 2]
+            cached = [0 if t is None else t.data_ptr() for pair in (*layers, self.norms) for t in pair]
         return struct.pack(
-            "<3Q15if2i", weight, second, norm_weight, rows, share, self.kind, self.begins, self.given, self.vectors,
+            "<3Q15if2i6Q", weight, second, norm_weight, rows, share, self.kind, self.begins, self.given, self.vectors,
             self.out, slices, self.layer, self.position, self.units(past_units), chunks, unit, self.past, self.kept,
-            kept_share, slot, turn % 2,
+            kept_share, slot, turn % 2, *cached,
         )  # fmt: skip
+
+
+def under_way_near(device: torch.device) -> int:
+    """Units of packed weights that a block copies at a time: what is fastest on an H100, with 3.4 TB/s, and an H200."""
+    return 3 if memory_bandwidth(device) < 4e12 else 4
 
 
 def past_units(positions: int) -> int:
@@ -154,9 +171,9 @@ class Phases:
         """A copy of what the phases multiply with, to be streamed. Raises NoHalvesError."""
         return PackedWeights([phase.weights for phase in self.list if phase.weights])
 
-    def structs(self, device: torch.device, capacity: int, packed: PackedWeights | None = None) -> Tensor:
-        """Lists of them, of which a frame takes one, by the units that the past has in a block; up to `capacity`
-        positions."""
+    def structs(self, device: torch.device, caches: Caches, packed: PackedWeights | None = None) -> Tensor:
+        """Lists of them, of which a frame takes one, by the units that the past has in a block, up to all that
+        the caches hold."""
         places: list[tuple[int, int] | None] = [None] * len(self.list)
         if packed is not None:
             unit = 0
@@ -165,10 +182,10 @@ class Phases:
                 places[i] = address, unit
         shares = self.kept_shares(KEPT_IN_L2 * l2_bytes(device))
         data = bytearray()
-        for past in range(past_units(capacity) + 1):
+        for past in range(past_units(caches[0][0].shape[2]) + 1):
             before = accumulate((phase.units(past) for phase in self.list), initial=0)
             for phase, place, first, share in zip(self.list, places, before, shares, strict=False):
-                data += phase.as_struct(place, first, past, share)
+                data += phase.as_struct(place, first, past, share, caches)
         return torch.frombuffer(data, dtype=torch.uint8).to(device)
 
     def kept_shares(self, room: float) -> list[float]:
@@ -194,7 +211,7 @@ class Phases:
             if slow:
                 results = PARTS * stack.heads * stack.head_dim // 2
                 attended, out = self._room(results + LEVELS), self._room(half)
-                self.list.append(Phase(Kind.ATTEND, given=qkv, out=attended, layer=i))
+                self.list.append(Phase(Kind.ATTEND, given=qkv, out=attended, layer=i, norms=(w.q_norm, w.k_norm)))
                 self.list.append(Phase(Kind.SLOW_OUTPUT, (w.wo,), given=attended, out=out, **common))
             else:
                 out = self._room(half)
@@ -227,26 +244,20 @@ def launches(
     exchanged = torch.empty(phases.words + PASSES * BLOCKS * 8, dtype=torch.int32, device=device)
     parts = torch.zeros(BLOCKS * 16 * 36, dtype=torch.int32, device=device)
     state = torch.zeros(4, dtype=torch.int32, device=device)
-
-    def addresses(tensors: list[tuple[Tensor | None, Tensor | None]]) -> Tensor:
-        flat = [0 if t is None else t.data_ptr() for pair in tensors for t in pair]
-        return torch.tensor(flat, dtype=torch.int64, device=device)
-
     prepare = PREPARE.bind(
         head.dtype, device, grid=BLOCKS, pdl=False, words=exchanged, abandoned=state[:1], count=exchanged.numel()
     )
     frame = FRAME.bind(
         head.dtype, device, grid=BLOCKS, shared=SHARED_BYTES, pdl=True, cooperative=True,
-        phases=phases.structs(device, k_caches[0].shape[2], packed), words=exchanged,
+        phases=phases.structs(device, (k_caches, v_caches), packed), words=exchanged,
         passes=exchanged[phases.words :], parts=parts, abandoned=state[:1], turn=state[1:2], tickets=state[2:],
         sides=packed and packed.sides, near=packed and packed.near, tokens=tokens, position=position,
         text_embedding=weights.text_embedding,
         codebook_embedding=weights.codebook_embedding, fast_embedding=weights.fast_embedding,
-        caches=addresses(list(zip(k_caches, v_caches, strict=True))),
-        norms=addresses([(w.q_norm, w.k_norm) for w in weights.slow]), cos_sin=weights.cos_sin,
+        cos_sin=weights.cos_sin,
         fast_cos_sin=weights.fast_cos_sin, ids=ids, logit_bias=logit_bias, window=window, **scalars, rng=rng,
         main_logits=main_logits, fast_logits=fast_logits, out=out, times=times,
-        phase_count=len(phases.list), slow_layers=config.slow.layers,
+        under_way_near=under_way_near(device), phase_count=len(phases.list), slow_layers=config.slow.layers,
         codebooks=config.codebooks, codebook_size=config.codebook_size, text_rows=weights.text_embedding.shape[0],
         semantic_begin=config.semantic_begin, semantic_end=config.semantic_end, capacity=k_caches[0].shape[2],
         fast_rows=1024, width=window.shape[1], main_threads=main_threads,
