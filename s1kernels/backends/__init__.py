@@ -8,7 +8,7 @@ registry.add_backend("cpu", cpu.available)
 registry.add_backend("cuda", cuda.available)
 registry.add_backend("triton", triton.available)
 
-# cuda: by bench/results/frame-h200.json, ms a frame on an NVIDIA H200: cuda 0.74, triton 1.30.
+# cuda: by bench/results/frame-h200.json, ms a frame on an NVIDIA H200: cuda 0.69, triton 1.30.
 registry.ORDER.update(cpu=("cpu", "reference"), cuda=("cuda", "triton", "reference"))
 
 __all__ = ["cpu", "cuda", "ops", "triton"]

@@ -211,7 +211,7 @@ def run_frame(
     )
     with mock.patch.object(l2_halves, "measure", lambda memory, dtype: Halves.at_random(memory, seed)):
         copy = persistent_frame.Phases(config, weights, head).pack() if packed else None
-    gpu = {"l2_bytes": lambda device: 50 << 20, "memory_bandwidth": lambda device: 3.4e12}
+    gpu = {"l2_bytes": lambda device: 50 << 20, "memory_bandwidth": lambda device: (3.4e12, 4.8e12)[seed % 2]}
     with library.bound(seed), mock.patch.multiple(persistent_frame, **gpu):
         launches = persistent_frame.launches(
             config, weights, head, copy, k_caches=caches[:layers], v_caches=caches[layers:], ids=model.rows.ids,

@@ -61,7 +61,7 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
   }
 
   // First half: this block has a part of the positions of one key/value head, of which a warp has sixteen at a time;
-  // the last warp of the last part has the frame's own as well. The first warps merge.
+  // the last warp of the last part has the frame's own as well. The first ones, in order(), merge.
   __device__ __forceinline__ void attend_share(const Phase& f) {
     if (order() < PastShare(s.position).warps()) attend_groups(f);
     const PastShare mine(s.position);
@@ -336,8 +336,8 @@ struct FrameSlowAttention : FrameWholeAttention<T> {
     if (part < 2) put_word(to, part == 0 ? pack<T>(y[0], y[1]) : pack<T>(y[2], y[3]));
   }
 
-  // The projection behind slow attention. Warps that have nothing to attend to, or are done, do not ask for its words
-  // before this block has passed on its own: the others' are not there yet either, and polls stand in the way.
+  // The projection behind slow attention. Warps that are done, or had nothing to attend to, do not ask for its words
+  // before this block has passed on its own: others' are not there yet either, and polls stand in the way.
   __device__ __forceinline__ void slow_output(const Phase& f) {
     const bool passed_on = s.position <= kParted ? warp() == kWorkers - 1 : order() < kCombiners;
     if (!passed_on) sync_results();

@@ -37,7 +37,7 @@ constexpr int kMostLogits = 1280;  // main logits of a block
 
 enum Kind { kQkv, kAttend, kSlowOutput, kOutput, kSwiglu, kFastQkv, kFastOutput, kHead, kFastHead };
 
-// What slow attention attends to, in a layer.
+// Where slow attention finds what it wants, in a layer.
 struct PhaseCaches {
   uint64 keys, values;            // T [G, S, 128]
   uint64 next_keys, next_values;  // the next layer's, or 0

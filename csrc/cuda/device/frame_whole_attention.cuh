@@ -2,13 +2,13 @@
 //
 // The past's positions are one part up to kWhole of them, kMostParts parts up to kParted. Block 8h + i has of query
 // head h part i % kParts and of its 128 elements slice i / kParts, 16 * kParts wide. Of its part every warp but the
-// last has sixteen positions: it takes their keys into registers before it waits for the query; the slice of their
-// values comes to shared memory a layer ahead. It leaves its sums of the softmax to the last warp, which merges, and in
-// the last part has the frame's own position. So 8 / kParts blocks compute the same scores; that is cheaper than a
-// second exchange. A bfloat16 query's norm is applied to its scores, not before it is rounded. Passed on: of every part
-// its result, rounded to T, as an operand, [kParts, 16 * 128]; where there are more than one, behind these its level,
-// the binary logarithm of its softmax's total, as float32 (level_word()). The projection merges its products with the
-// parts (output_of_parts() in frame_slow_attention.cuh).
+// last has sixteen positions: it takes their keys into registers before it waits for the query; a layer ahead the slice
+// of their values comes to shared memory, and their keys to L2. The warp leaves its sums of the softmax to the last
+// warp, which merges, and in the last part has the frame's own position. So 8 / kParts blocks compute the same scores;
+// that is cheaper than a second exchange. A bfloat16 query's norm is applied to its scores, not before it is rounded.
+// Passed on: of every part its result, rounded to T, as an operand, [kParts, 16 * 128]; where there are more than one,
+// behind these its level, the binary logarithm of its softmax's total, as float32 (level_word()). The projection merges
+// its products with the parts (output_of_parts() in frame_slow_attention.cuh).
 #pragma once
 
 #include "frame_projections.cuh"

@@ -90,7 +90,7 @@ class Phase:
         self, place: tuple[int, int] | None, before: int, past_units: int, kept_share: float, caches: Caches
     ) -> bytes:
         """With packed weights at a place, or as they lie, when so many units come before, a block's past has
-        `past_units`, and L2 keeps a share of the weights."""
+        `past_units`, L2 keeps a share of the weights, and the slow stack has these caches."""
         turn, slot = divmod(before, SLOTS)
         weight, second = [*(w.data_ptr() for w in self.weights), 0, 0][:2]
         rows = share = slices = chunks = unit = 0
@@ -172,8 +172,8 @@ class Phases:
         return PackedWeights([phase.weights for phase in self.list if phase.weights])
 
     def structs(self, device: torch.device, caches: Caches, packed: PackedWeights | None = None) -> Tensor:
-        """Lists of them, of which a frame takes one, by the units that the past has in a block, up to all that
-        the caches hold."""
+        """Lists of them, of which a frame takes one, by the units that the past has in a block; for all positions
+        that the caches have."""
         places: list[tuple[int, int] | None] = [None] * len(self.list)
         if packed is not None:
             unit = 0
