@@ -109,6 +109,14 @@ def test_bench_endurance_compares_runs(bench, monkeypatch, tmp_path, capsys):
     assert "of 3 runs are the first's" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("option", ["--beside", "--packed"])
+def test_bench_endurance_needs_a_gpu_for(option, bench, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_endurance.py", "--device", "cpu", option])
+    with pytest.raises(SystemExit):
+        bench("bench_endurance").main()
+    assert f"{option} needs a CUDA device, --device is cpu" in capsys.readouterr().err
+
+
 def test_readme_has_the_results_numbers():
     done = subprocess.run(
         [sys.executable, str(BENCH / "readme_numbers.py"), "--check"], capture_output=True, text=True, timeout=60

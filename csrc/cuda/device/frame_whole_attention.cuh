@@ -110,10 +110,11 @@ struct FrameWholeAttention : FrameProjections<T> {
   template <int kParts>
   static __device__ __forceinline__ void fetch_keys(const PersistentFrameArgs& a, const Past& past, uint64 keys,
                                                     int warp, int lane) {
-    constexpr int kReaders = kSplits / kParts, kRows = kChunkStep / kReaders, kLinesOfRow = kSlowDim * 2 / 128;
+    constexpr int kReaders = kSplits / kParts, kRows = kChunkStep / kReaders;
+    constexpr int kLine = kLineBytes / sizeof(T), kLinesOfRow = kSlowDim / kLine;
     if (lane >= kRows * kLinesOfRow) return;
     const int place = Base::block() % kSplits / kParts * kRows + lane / kLinesOfRow;
-    prefetch(past_row(a, past, keys, warp, place) + lane % kLinesOfRow * 64);
+    prefetch(past_row(a, past, keys, warp, place) + lane % kLinesOfRow * kLine);
   }
   // Starts to fetch what this warp will want of a layer.
   template <int kParts>

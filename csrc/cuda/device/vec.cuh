@@ -18,6 +18,10 @@ __device__ __forceinline__ Vec16 load_weight(const void* at) {
 __device__ __forceinline__ Vec16 load_vec(const void* at) { return *static_cast<const Vec16*>(at); }
 __device__ __forceinline__ void store_vec(void* at, const Vec16& v) { *static_cast<Vec16*>(at) = v; }
 
+// Has L2 fetch the line of an address.
+constexpr int kLineBytes = 128;
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 // Copies 16 bytes from global to shared memory in the background, for this thread alone; copies_done() waits for all of
 // this thread's copies. sm_75 copies at once.
 __device__ __forceinline__ void copy_async(Vec16* to, const void* from) {
@@ -44,8 +48,6 @@ __device__ __forceinline__ void copy_async4(uint32* to, const uint32* from) {
   *to = *from;
 #endif
 }
-// Has L2 fetch a line.
-__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 __device__ __forceinline__ void copies_done() {
 #if S1_ARCH >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");
